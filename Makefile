@@ -1,0 +1,61 @@
+# make train | test | test-slow | test-reference | lint | format | bench | clean
+# A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+CONSTRAINTS := .ci/constraints-py$(if $(filter 3.11,$(VERSION)),311,312).txt
+BIN := $(VENV)/bin
+WORKDIR ?= runs/tiny
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: train test test-slow test-reference lint format bench lock clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.train
+	$(BIN)/spmd-train train --config=configs/lm_tiny.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-reference: $(VENV)/.reference
+	$(BIN)/python -m pytest -m reference
+
+lint: $(VENV)/.lint $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.train
+	$(BIN)/python scripts/bench.py
+
+# The versions that CI and these targets use, made anew.
+lock:
+	scripts/lock.sh
+
+clean:
+	rm -rf .venv-* build *.egg-info .pytest_cache .ruff_cache .jax_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Each set of extras is installed once, and again when the dependencies change.
+$(VENV)/.train: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e .
+	touch $@
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[test]'
+	touch $@ $(VENV)/.train
+$(VENV)/.lint: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[lint]'
+	touch $@
+$(VENV)/.reference: pyproject.toml $(CONSTRAINTS) | $(VENV)/.test
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[reference]'
+	touch $@

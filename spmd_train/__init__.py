@@ -1,0 +1,1 @@
+"""One JAX program, any mesh: a sharding-based SPMD trainer."""

@@ -1,0 +1,1 @@
+"""The verbs of `spmd-train`: they read flags, build an experiment, and print."""

@@ -1,0 +1,186 @@
+"""`spmd-train VERB`: reads the command line and the config, starts JAX, runs the verb.
+
+Imports no JAX itself: help, and the user's mistakes, are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from spmd_train.cli.config_flags import split_overrides, unknown_argument
+from spmd_train.cli.verbs import VERBS, Flag, Verb
+from spmd_train.config import ConfigError, load_config, parse
+
+_PROG = "spmd-train"
+_GROUPS = {
+    "inspect": "show what XLA will do, without training",
+    "convert": "Hugging Face checkpoints in and out",
+}
+_OVERRIDES = """\
+any key of the config:
+  --config.a.b=VALUE    sets the key a.b; `spmd-train inspect config` lists them all
+"""
+_EXIT_CODES = """\
+exit codes:
+  0    done
+  2    a mistake in the command line, the config or the data: one message, nothing written
+  130  interrupted
+  else a fault of the program, with a traceback
+
+Answers go to standard output, logs to standard error.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+      argv: its words, without the program's name; None: those of this process.
+
+    Returns:
+      The exit code: 0 done, 2 the user's mistake, 130 interrupted, or what the verb says.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("spmd_train").setLevel(logging.INFO)
+    try:
+        args = _read_command_line(sys.argv[1:] if argv is None else argv)
+        verb: Verb = args.verb
+        if verb.uses_devices:
+            cluster = importlib.import_module("spmd_train.cluster")
+            cluster.start(simulate_devices=args.simulate_devices)
+        code = importlib.import_module(verb.module).run(args)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        print(f"{_PROG}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{_PROG}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our answer has left (`| head`); Python's own flush at exit must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads flags and config; `args.config` is the parsed config, `args.verb` the verb."""
+    overrides, words = split_overrides(argv)
+    args, unknown = _make_parser().parse_known_args(words)
+    verb: Verb = args.verb
+    prog = " ".join((_PROG, *verb.words))
+    if unknown:
+        flags = [flag.name for flag in verb.flags]
+        raise ConfigError(unknown_argument(unknown[0], flags=flags, prog=prog))
+    # Here, not by argparse, which would not look at misspelt flags when one is missing.
+    missing = [f"--{f.name}" for f in verb.flags if f.required and getattr(args, f.name) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
+    for flag in verb.flags:
+        if flag.config_key and (text := vars(args).pop(flag.name)) is not None:
+            overrides.append((flag.config_key, text))
+    if args.config is None:
+        path = args.workdir / "config.json"
+        if not path.exists():
+            raise ConfigError(f"--workdir={args.workdir}: holds no run, for want of a config.json")
+        args.config = str(path)
+    args.config = parse(load_config(args.config, overrides))
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises the user's mistakes, so that all are told in the same way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+class _Version(argparse.Action):
+    """Prints versions; looks them up only when asked, which takes time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        versions = [f"{name} {_version(name)}" for name in (_PROG, "jax", "flax")]
+        print(", ".join([*versions, f"Python {platform.python_version()}"]))
+        parser.exit()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_PROG,
+        description="One JAX program, any mesh: train on a laptop, a GPU cluster or a TPU pod.",
+        epilog=f"example:\n  {VERBS[0].example}\n\nspmd-train VERB --help tells a verb's flags.\n\n"
+        + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    groups = {}
+    for verb in VERBS:
+        *group, word = verb.words
+        at = verbs
+        if group:
+            (name,) = group
+            if name not in groups:
+                sub = verbs.add_parser(name, help=_GROUPS[name], description=_GROUPS[name])
+                groups[name] = sub.add_subparsers(title="verbs", metavar="WHAT", required=True)
+            at = groups[name]
+        _add_flags(
+            at.add_parser(
+                word,
+                help=verb.summary,
+                usage=_usage(verb),
+                description=textwrap.fill(verb.about, 90),
+                epilog=f"{_OVERRIDES}\nexample:\n  {verb.example}\n\n{_EXIT_CODES}",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            ),
+            verb,
+        )
+    return parser
+
+
+def _usage(verb: Verb) -> str:
+    needed = [_usage_of(flag) for flag in verb.flags if flag.required]
+    free = [f"[{_usage_of(flag)}]" for flag in verb.flags if not flag.required]
+    words = [_PROG, *verb.words, *needed, *free, "[--config.a.b=VALUE ...]"]
+    return textwrap.fill(" ".join(words), 90, subsequent_indent=" " * 11, break_on_hyphens=False)
+
+
+def _usage_of(flag: Flag) -> str:
+    return f"--{flag.name}={flag.metavar}" if flag.metavar else f"--{flag.name}"
+
+
+def _add_flags(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    for flag in verb.flags:
+        if not flag.metavar:
+            parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+            continue
+        told = f"{flag.help} (default: {flag.config_key} of the config)"
+        parser.add_argument(
+            f"--{flag.name}",
+            metavar=flag.metavar,
+            type=flag.type,
+            default=flag.default,
+            action="append" if flag.repeats else "store",
+            help=told if flag.config_key else flag.help,
+        )
+    parser.set_defaults(verb=verb)

@@ -1,0 +1,250 @@
+"""The verbs of the command line, their flags and their words: one table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A flag of a verb.
+
+    Attributes:
+      name: as in `--NAME`; the verb finds the value in `args.NAME`.
+      help: what it does.
+      metavar: what stands for its value in the help; empty: a switch, without a value.
+      type: converts its text.
+      default: where it is not given.
+      required: whether it must be given.
+      repeats: whether it may be given several times: the value is a list.
+      config_key: the config's key that it overrides; the verb finds the value there.
+    """
+
+    name: str
+    help: str
+    metavar: str = ""
+    type: Callable[[str], Any] = str
+    default: Any = None
+    required: bool = False
+    repeats: bool = False
+    config_key: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb.
+
+    Attributes:
+      words: what it is called by.
+      module: where its `run(args: argparse.Namespace) -> int` is; imported when it runs.
+      summary: one line.
+      about: what it does, reads and writes.
+      example: a command.
+      flags: what it takes, besides `--config.a.b=VALUE`.
+      uses_devices: whether JAX is started for it.
+    """
+
+    words: tuple[str, ...]
+    module: str
+    summary: str
+    about: str
+    example: str
+    flags: tuple[Flag, ...]
+    uses_devices: bool = True
+
+
+def _at_least(smallest: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = smallest - 1
+        if number < smallest:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be a whole number, at least {smallest}"
+            )
+        return number
+
+    return convert
+
+
+def _folder(text: str) -> pathlib.Path:
+    if not text:  # An unset shell variable; Path("") would be the folder one stands in.
+        raise argparse.ArgumentTypeError("must name a folder, but is empty")
+    return pathlib.Path(text)
+
+
+CONFIG = Flag(
+    name="config",
+    metavar="FILE[:ARG]",
+    default="configs/lm_tiny.py",
+    help="a Python config file, with an argument for its get_config, or the config.json of a run "
+    "(default: configs/lm_tiny.py)",
+)
+RUN_CONFIG = Flag(
+    name="config",
+    metavar="FILE[:ARG]",
+    help="a config other than the run's own (default: WORKDIR/config.json)",
+)
+WORKDIR = Flag(
+    name="workdir",
+    metavar="DIR",
+    type=_folder,
+    required=True,
+    help="the run's folder: config.json, checkpoints/, metrics.jsonl, tensorboard/",
+)
+SIMULATE_DEVICES = Flag(
+    name="simulate_devices",
+    metavar="N",
+    type=_at_least(1),
+    help="run on N CPU devices, simulated in this process",
+)
+JSON = Flag(name="json", default=False, help="answer with one JSON document on standard output")
+STEP = Flag(
+    name="step",
+    metavar="N",
+    type=_at_least(0),
+    help="the checkpoint of this step (default: the newest)",
+)
+HF_DIR = Flag(
+    name="hf_dir",
+    metavar="DIR",
+    type=_folder,
+    required=True,
+    help="a Hugging Face checkpoint: config.json and safetensors files",
+)
+
+_INSPECT = (CONFIG, SIMULATE_DEVICES, JSON)
+
+VERBS: tuple[Verb, ...] = (
+    Verb(
+        words=("train",),
+        module="spmd_train.cli.train",
+        summary="train; the same line again resumes",
+        about="Trains what the config says and writes a run's folder. Stopped at any point, the "
+        "same command line goes on from the newest checkpoint, on this mesh or on another.",
+        example="spmd-train train --config=configs/lm_tiny.py --workdir=runs/tiny "
+        "--config.train.num_steps=500",
+        flags=(CONFIG, WORKDIR, SIMULATE_DEVICES),
+    ),
+    Verb(
+        words=("eval",),
+        module="spmd_train.cli.eval",
+        summary="evaluate a checkpoint, on any mesh",
+        about="Measures a checkpoint on the whole evaluation split.",
+        example="spmd-train eval --workdir=runs/tiny --step=300 --json",
+        flags=(RUN_CONFIG, WORKDIR, STEP, SIMULATE_DEVICES, JSON),
+    ),
+    Verb(
+        words=("generate",),
+        module="spmd_train.cli.generate",
+        summary="continue prompts with a checkpoint",
+        about="Samples text from a checkpoint, all the prompts in one batch.",
+        example="spmd-train generate --workdir=runs/tiny --prompt='import ' --prompt='class ' "
+        "--temperature=0.7",
+        flags=(
+            RUN_CONFIG,
+            WORKDIR,
+            Flag(
+                name="prompt",
+                metavar="TEXT",
+                required=True,
+                repeats=True,
+                help="the beginning; give it again for a batch",
+            ),
+            Flag(
+                name="max_new_tokens",
+                metavar="N",
+                config_key="sample.max_new_tokens",
+                help="tokens generated for each prompt",
+            ),
+            Flag(
+                name="temperature",
+                metavar="X",
+                config_key="sample.temperature",
+                help="0: greedy",
+            ),
+            Flag(
+                name="top_k",
+                metavar="K",
+                config_key="sample.top_k",
+                help="sample among the K likeliest tokens; 0: all",
+            ),
+            Flag(
+                name="top_p",
+                metavar="P",
+                config_key="sample.top_p",
+                help="sample among the likeliest tokens of this total probability",
+            ),
+            Flag(
+                name="seed",
+                metavar="N",
+                type=_at_least(0),
+                default=0,
+                help="of the sampling (default: 0)",
+            ),
+            STEP,
+            SIMULATE_DEVICES,
+            JSON,
+        ),
+    ),
+    Verb(
+        words=("inspect", "config"),
+        module="spmd_train.cli.inspect_config",
+        summary="every key of the config, its value and its meaning",
+        about="Prints the whole resolved config: each key's value, its meaning and what it allows; "
+        "a * marks what differs from the default.",
+        example="spmd-train inspect config --config=configs/llama3_8b.py:3.1",
+        flags=_INSPECT,
+        uses_devices=False,
+    ),
+    Verb(
+        words=("inspect", "shardings"),
+        module="spmd_train.cli.inspect_shardings",
+        summary="how each parameter lies on the mesh, and why",
+        about="Prints every parameter: its path, shape, dtype and PartitionSpec, the reason for "
+        "it, the bytes it takes per device, and the totals. Allocates nothing.",
+        example="spmd-train inspect shardings --config=configs/llama3_70b.py --simulate_devices=8",
+        flags=_INSPECT,
+    ),
+    Verb(
+        words=("inspect", "collectives"),
+        module="spmd_train.cli.inspect_collectives",
+        summary="what the train step sends between devices",
+        about="Compiles the train step and prints the collectives that XLA made: which, how many, "
+        "over which mesh axes, and how many bytes.",
+        example="spmd-train inspect collectives --simulate_devices=8 --config.mesh.fsdp=8",
+        flags=_INSPECT,
+    ),
+    Verb(
+        words=("inspect", "memory"),
+        module="spmd_train.cli.inspect_memory",
+        summary="what the train step takes of a device's memory",
+        about="Compiles the train step and prints the compiler's own account of its memory.",
+        example="spmd-train inspect memory --simulate_devices=8 --config.model.remat=full",
+        flags=_INSPECT,
+    ),
+    Verb(
+        words=("convert", "import"),
+        module="spmd_train.cli.convert_import",
+        summary="a Hugging Face checkpoint into a run's folder",
+        about="Reads a Hugging Face checkpoint, leaf by leaf into the planned sharding, and writes "
+        "it as a checkpoint of a run that eval, generate and train go on from.",
+        example="spmd-train convert import --config=configs/llama3_8b.py --hf_dir=Meta-Llama-3-8B "
+        "--workdir=runs/llama3",
+        flags=(CONFIG, WORKDIR, HF_DIR, SIMULATE_DEVICES),
+    ),
+    Verb(
+        words=("convert", "export"),
+        module="spmd_train.cli.convert_export",
+        summary="a run's checkpoint into a Hugging Face folder",
+        about="Writes a checkpoint as config.json and safetensors files, for transformers' "
+        "from_pretrained.",
+        example="spmd-train convert export --workdir=runs/llama3 --hf_dir=exported",
+        flags=(RUN_CONFIG, WORKDIR, HF_DIR, STEP, SIMULATE_DEVICES),
+    ),
+)

@@ -1,0 +1,330 @@
+"""What a config may say: frozen dataclasses, each field with its meaning and its limits.
+
+This is the only place where a key, its type, its default and its meaning are written down.
+`spmd_train.config.default_config()` is made from it, `spmd-train inspect config` prints it, and
+`spmd_train.config.parse()` checks a `ConfigDict` against it. No JAX here: `--help` stays fast.
+"""
+
+# ruff: noqa: RUF009 - section() is a dataclasses.field; ruff cannot see that through a function.
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")
+"""Mesh axis names, outermost (slowest network) first."""
+
+DTYPES = ("float32", "bfloat16")
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    or_equal: float | None = None,
+) -> Any:
+    """A config key: a dataclass field with its meaning and its limits in the metadata.
+
+    Args:
+      default: the value where the config is silent; its type is the field's annotation.
+      doc: the meaning, for `spmd-train inspect config`.
+      choices: the only values allowed.
+      at_least: smallest value allowed.
+      at_most: greatest value allowed.
+      above: the value must be greater than this.
+      or_equal: one value allowed outside the other limits.
+    """
+    limits = {
+        "choices": choices,
+        "at_least": at_least,
+        "at_most": at_most,
+        "above": above,
+        "or_equal": or_equal,
+    }
+    metadata = {"doc": doc, **{name: v for name, v in limits.items() if v is not None}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def mapping(doc: str) -> Any:
+    """A config key that holds names of the user's own choosing."""
+    return dataclasses.field(default_factory=dict, metadata={"doc": doc})
+
+
+def section(cls: type) -> Any:
+    """A config section: a nested dataclass with all its defaults."""
+    return dataclasses.field(default_factory=cls, metadata={"doc": (cls.__doc__ or "").strip()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DcnMeshConfig:
+    """Sizes of the mesh axes between slices or nodes (the slow network); multiply `mesh.AXIS`."""
+
+    replica: int = key(1, "slices or nodes along replica", at_least=1)
+    pipeline: int = key(1, "slices or nodes along pipeline", at_least=1)
+    data: int = key(1, "slices or nodes along data", at_least=1)
+    fsdp: int = key(1, "slices or nodes along fsdp", at_least=1)
+    expert: int = key(1, "slices or nodes along expert", at_least=1)
+    context: int = key(1, "slices or nodes along context", at_least=1)
+    tensor: int = key(1, "slices or nodes along tensor", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes within one slice or node; one may be -1: the rest of the devices."""
+
+    replica: int = key(1, "independent replicas", at_least=1, or_equal=-1)
+    pipeline: int = key(1, "pipeline stages", at_least=1, or_equal=-1)
+    data: int = key(
+        -1, "copies of the model, each on its own part of the batch", at_least=1, or_equal=-1
+    )
+    fsdp: int = key(
+        1, "shards of parameters, gradients and optimizer state (ZeRO-3)", at_least=1, or_equal=-1
+    )
+    expert: int = key(1, "shards of the experts", at_least=1, or_equal=-1)
+    context: int = key(1, "shards of the sequence", at_least=1, or_equal=-1)
+    tensor: int = key(1, "shards of every layer (Megatron)", at_least=1, or_equal=-1)
+    dcn: DcnMeshConfig = section(DcnMeshConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How logical axes become mesh axes."""
+
+    rules: Mapping[str, str] = mapping(
+        "logical axis -> mesh axis, 'axis+axis' or none; laid over parallel/rules.py's default "
+        "table. residual_sequence=tensor gives Megatron's sequence parallelism"
+    )
+    overrides: Mapping[str, str] = mapping(
+        "parameter path (regular expression, whole path) -> one mesh axis, 'axis+axis' or none "
+        "per dim, comma-separated: 'fsdp,none,tensor'"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al., arXiv:2104.09864)."""
+
+    theta: float = key(10000.0, "base of the frequencies", above=0)
+    scaling: str = key("none", "llama3 rescales low frequencies", choices=("none", "llama3"))
+    factor: float = key(8.0, "llama3: how much longer the context becomes", at_least=1)
+    low_freq_factor: float = key(1.0, "llama3: wavelengths above original/low are divided", above=0)
+    high_freq_factor: float = key(4.0, "llama3: wavelengths below original/high are kept", above=0)
+    original_max_positions: int = key(8192, "llama3: context before scaling, tokens", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer."""
+
+    num_layers: int = key(4, "transformer blocks", at_least=1)
+    embed_dim: int = key(256, "width of the residual stream", at_least=1)
+    num_heads: int = key(4, "query heads", at_least=1)
+    num_kv_heads: int = key(0, "key and value heads (GQA); 0: num_heads", at_least=0)
+    head_dim: int = key(0, "width of a head; 0: embed_dim / num_heads", at_least=0)
+    mlp_dim: int = key(688, "hidden width of the MLP", at_least=1)
+    vocab_size: int = key(256, "rows of the embedding table", at_least=2)
+    norm: str = key("rmsnorm", "normalization before each block", choices=("rmsnorm", "layernorm"))
+    norm_epsilon: float = key(1e-5, "added to the variance", above=0)
+    positions: str = key("rope", "how order is told", choices=("rope", "learned"))
+    max_positions: int = key(2048, "rows of the table of learned positions", at_least=1)
+    rope: RopeConfig = section(RopeConfig)
+    mlp: str = key("swiglu", "swiglu (gated) or gelu (tanh form)", choices=("swiglu", "gelu"))
+    tied_head: bool = key(False, "the output head is the embedding table")
+    attention_bias: bool = key(False, "biases on query, key and value")
+    attention_out_bias: bool = key(False, "bias on the attention's output projection")
+    mlp_bias: bool = key(False, "biases in the MLP")
+    qk_norm: bool = key(False, "RMSNorm on each query and key head (Qwen3)")
+    dropout: float = key(0.0, "on embeddings and block outputs", at_least=0, at_most=0.99)
+    logit_softcap: float = key(0.0, "cap * tanh(logits / cap); 0: off", at_least=0)
+    attention_softcap: float = key(0.0, "the same on attention scores; 0: off", at_least=0)
+    remat: str = key(
+        "none",
+        "what the backward pass recomputes: none, everything in a block (full), all but matmul "
+        "outputs (dots), all but projections' outputs (projections)",
+        choices=("none", "full", "dots", "projections"),
+    )
+    scan_unroll: int = key(1, "layers per iteration of the layer scan", at_least=1)
+    init_scale: float = key(0.02, "standard deviation of the initial weights", above=0)
+    param_dtype: str = key("float32", "dtype in which parameters are kept", choices=DTYPES)
+    compute_dtype: str = key("float32", "dtype of activations and matmuls", choices=DTYPES)
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key and value heads: `num_kv_heads`, or where that is 0 `num_heads`."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of a head: `head_dim`, or where that is 0 `embed_dim / num_heads`."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The language-model loss."""
+
+    z_loss: float = key(0.0, "weight of log(Z)^2 (PaLM, arXiv:2204.02311)", at_least=0)
+    chunk_tokens: int = key(
+        0,
+        "sequence positions whose float32 logits exist at one time; 0: all of them. Must divide "
+        "data.sequence_length",
+        at_least=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents in a mixture."""
+
+    source: str = key(
+        "text",
+        "kind of source",
+        choices=("stdlib", "text", "jsonl", "parquet", "arrayrecord", "hf_dataset"),
+    )
+    path: str = key("", "files, as a glob (** crosses folders); hf_dataset: a folder")
+    eval_path: str = key("", "files of the evaluation split; empty: eval_fraction of path's")
+    text_key: str = key(
+        "text", "field that holds the text (jsonl, parquet, arrayrecord, hf_dataset)"
+    )
+    weight: float = key(1.0, "share of the mixture, relative", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, how it becomes tokens, how tokens become batches."""
+
+    source: str = key(
+        "stdlib",
+        "stdlib: the source code of this Python's standard library; else the kind of file",
+        choices=("stdlib", "text", "jsonl", "parquet", "arrayrecord", "hf_dataset"),
+    )
+    path: str = key("", "files, as a glob (** crosses folders); hf_dataset: a folder")
+    eval_path: str = key("", "files of the evaluation split; empty: eval_fraction of path's")
+    eval_fraction: float = key(
+        0.01, "share of documents held out for evaluation", above=0, at_most=0.5
+    )
+    text_key: str = key(
+        "text", "field that holds the text (jsonl, parquet, arrayrecord, hf_dataset)"
+    )
+    mixture: Mapping[str, SourceConfig] = mapping(
+        "name -> {source, path, eval_path, text_key, weight}; when not empty it replaces "
+        "source and path"
+    )
+    tokenizer: str = key(
+        "bytes", "bytes, or the path of a tokenizer.json (Hugging Face) or .model (SentencePiece)"
+    )
+    sequence_length: int = key(256, "tokens in a packed sequence", at_least=2)
+    cache_dir: str = key(
+        "", "tokenized data; empty: $XDG_CACHE_HOME/spmd-train or ~/.cache/spmd-train"
+    )
+    prefetch: int = key(4, "batches made ahead of the step", at_least=1)
+    num_threads: int = key(2, "threads that make batches", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the steps."""
+
+    name: str = key(
+        "cosine",
+        "after warm-up: constant, down by cosine or linear, or flat and then linear (wsd)",
+        choices=("constant", "cosine", "linear", "wsd"),
+    )
+    warmup_steps: int = key(0, "steps from 0 to the learning rate", at_least=0)
+    decay_steps: int = key(
+        0, "wsd: steps of the final decay; cosine, linear: 0, or where decay ends", at_least=0
+    )
+    end_factor: float = key(0.1, "last learning rate / highest", at_least=0, at_most=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer, out of optax."""
+
+    name: str = key("adamw", "which", choices=("adamw", "lion", "adafactor", "sgd", "muon"))
+    learning_rate: float = key(1e-3, "highest learning rate", at_least=0)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    weight_decay: float = key(0.1, "decoupled, times the learning rate", at_least=0)
+    weight_decay_exclude: str = key(
+        "norm|bias|embedding|positions",
+        "parameters whose path this regular expression finds are not decayed; empty: decay all",
+    )
+    b1: float = key(0.9, "first-moment decay; sgd: momentum", at_least=0, at_most=0.9999999)
+    b2: float = key(0.95, "second-moment decay", at_least=0, at_most=0.9999999)
+    epsilon: float = key(1e-8, "added to the denominator", at_least=0)
+    clip_norm: float = key(1.0, "gradients are scaled down to this global norm; 0: off", at_least=0)
+    ema_decay: float = key(
+        0.0, "exponential moving average of parameters; 0: off", at_least=0, at_most=0.9999999
+    )
+    state_dtype: str = key("float32", "dtype in which moments are kept", choices=DTYPES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    num_steps: int = key(300, "optimizer steps", at_least=1)
+    global_batch_size: int = key(16, "sequences per optimizer step, over all devices", at_least=1)
+    grad_accumulation: int = key(1, "microbatches a step is split into", at_least=1)
+    seed: int = key(0, "of initialization, data order and dropout", at_least=0, at_most=2**31 - 1)
+    log_every: int = key(10, "steps between metrics", at_least=1)
+    eval_every: int = key(100, "steps between evaluations, and one at the end; 0: none", at_least=0)
+    checkpoint_every: int = key(
+        100, "steps between checkpoints, and one at the end; 0: none", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoints are kept."""
+
+    keep_last: int = key(2, "newest checkpoints kept", at_least=1)
+    keep_every: int = key(0, "besides, keep each step that this divides; 0: none", at_least=0)
+    asynchronous: bool = key(True, "write while training goes on")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Text generated at the end of a training run."""
+
+    prompt: str = key("", "the beginning; empty: no sample")
+    max_new_tokens: int = key(200, "tokens generated", at_least=1)
+    temperature: float = key(0.8, "0: greedy", at_least=0)
+    top_k: int = key(0, "sample among the k likeliest tokens; 0: all", at_least=0)
+    top_p: float = key(
+        1.0, "sample among the likeliest tokens of this total probability", above=0, at_most=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """What is written down beside metrics.jsonl."""
+
+    tensorboard: bool = key(True, "write WORKDIR/tensorboard")
+    wandb_project: str = key("", "Weights & Biases project (extra: wandb); empty: off")
+    peak_flops: float = key(
+        0.0, "FLOP/s of one device, for MFU; 0: from the table of chips (none for CPUs)", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """A whole experiment."""
+
+    task: str = key("language_model", "what is learnt", choices=("language_model",))
+    mesh: MeshConfig = section(MeshConfig)
+    sharding: ShardingConfig = section(ShardingConfig)
+    model: ModelConfig = section(ModelConfig)
+    loss: LossConfig = section(LossConfig)
+    data: DataConfig = section(DataConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    train: TrainConfig = section(TrainConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    sample: SampleConfig = section(SampleConfig)
+    observe: ObserveConfig = section(ObserveConfig)

@@ -1,0 +1,1 @@
+"""What XLA will do with a program: its shardings, collectives and memory."""

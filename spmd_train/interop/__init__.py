@@ -1,0 +1,6 @@
+"""Checkpoints of others: Hugging Face's Llama, Mistral, Qwen 2 and 3, GPT-2."""
+
+from spmd_train.interop.hf_config import hf_config, model_config_from_hf
+from spmd_train.interop.huggingface import hf_shapes, load_params, save_params, to_hf
+
+__all__ = ["hf_config", "hf_shapes", "load_params", "model_config_from_hf", "save_params", "to_hf"]

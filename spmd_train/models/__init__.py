@@ -1,0 +1,1 @@
+"""Whole networks: Flax NNX modules that name logical axes and hold no mesh."""

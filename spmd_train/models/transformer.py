@@ -1,0 +1,227 @@
+"""A decoder-only transformer: pre-norm blocks, stacked and scanned."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd_train.config import ModelConfig
+from spmd_train.nn.attention import Attention, LayerCache, Tokens
+from spmd_train.nn.dropout import DropoutKeys
+from spmd_train.nn.embeddings import Embedding, rope_angles
+from spmd_train.nn.mlp import MLP
+from spmd_train.nn.norms import NORMS
+from spmd_train.nn.params import normal
+from spmd_train.nn.projection import SAVED_NAME, Projection
+from spmd_train.parallel.rules import constrain, unshard
+
+RESIDUAL = ("batch", "residual_sequence", None)
+
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+}
+
+
+class Cache(NamedTuple):
+    """What generation remembers.
+
+    Attributes:
+        layers: keys and values of every layer, each [L, B, S, G, K].
+        tokens: segments and positions of the S places; segment 0 where there is nothing.
+        end: next place to write, int32 scalar.
+    """
+
+    layers: LayerCache
+    tokens: Tokens
+    end: jax.Array
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each normalized before and added after."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Makes one layer's parameters."""
+        norm = {"epsilon": config.norm_epsilon, "dtype": config.param_dtype, "rngs": rngs}
+        # GPT-2: projections that write the residual stream start smaller the deeper the network.
+        out_scale = config.init_scale / (2 * config.num_layers) ** 0.5
+        self.attention_norm = NORMS[config.norm](config.embed_dim, **norm)
+        self.attention = Attention(config, out_scale=out_scale, rngs=rngs)
+        self.mlp_norm = NORMS[config.norm](config.embed_dim, **norm)
+        self.mlp = MLP(config, out_scale=out_scale, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, *, dropout: DropoutKeys | None, **attention: Any
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """One layer; `attention` is handed to `Attention`."""
+
+        def add(x: jax.Array, y: jax.Array, place: int) -> jax.Array:
+            y = constrain(y, RESIDUAL)
+            return x + (y if dropout is None else dropout.fold_in(place).drop(y))
+
+        with jax.named_scope("attention"):
+            # Norms run on the shard of the residual stream; the projections see whole sequences.
+            h_BTD = constrain(self.attention_norm(x_BTD), ("batch", "sequence", None))
+            y_BTD, cache = self.attention(h_BTD, **attention)
+            x_BTD = add(x_BTD, y_BTD, 0)
+        with jax.named_scope("mlp"):
+            h_BTD = constrain(self.mlp_norm(x_BTD), ("batch", "sequence", None))
+            x_BTD = add(x_BTD, self.mlp(h_BTD), 1)
+        return x_BTD, cache
+
+
+class Transformer(nnx.Module):
+    """The network of `ModelConfig`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Makes all parameters; those of the blocks are stacked along a first dim `layers`."""
+        self.config = config
+        dtype, scale = config.param_dtype, config.init_scale
+        table = {"scale": scale, "dtype": dtype, "rngs": rngs}
+        self.embedding = Embedding(config.vocab_size, config.embed_dim, ("vocab", "embed"), **table)
+        self.positions = (
+            Embedding(config.max_positions, config.embed_dim, ("positions", "embed"), **table)
+            if config.positions == "learned"
+            else None
+        )
+        self.blocks = _stack(config, key=rngs.params())
+        self.final_norm = NORMS[config.norm](
+            config.embed_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
+        )
+        self.head = (
+            None
+            if config.tied_head
+            else Projection(
+                (config.embed_dim,),
+                (config.vocab_size,),
+                ("embed", "vocab"),
+                use_bias=False,
+                init=normal(scale),
+                dtype=dtype,
+                rngs=rngs,
+            )
+        )
+
+    def __call__(
+        self,
+        ids_BT: jax.Array,
+        *,
+        tokens: Tokens,
+        dropout: DropoutKeys | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the network up to its last norm.
+
+        Args:
+            ids_BT: token ids, int32 [B, T].
+            tokens: their segments and positions.
+            dropout: keys of the step; None in evaluation.
+            cache: earlier tokens; the new ones are added to it.
+
+        Returns:
+            Hidden states [B, T, D] in the compute dtype, and the cache (None without one).
+        """
+        config = self.config
+        dtype = jnp.dtype(config.compute_dtype)
+        with jax.named_scope("embed"):
+            x_BTD = _ready(self.embedding, "embedding", dtype)(ids_BT)
+            rope = None
+            if self.positions is not None:
+                x_BTD += _ready(self.positions, "positions", dtype)(tokens.positions)
+            else:
+                head_dim = config.resolved_head_dim
+                rope = rope_angles(tokens.positions, config.rope, head_dim=head_dim)
+            x_BTD = constrain(x_BTD, RESIDUAL)
+            if dropout is not None:
+                x_BTD = dropout.fold_in(config.num_layers).drop(x_BTD)
+
+        attention: dict[str, Any] = {"tokens": tokens, "rope": rope}
+        seen = tokens
+        if cache is not None:
+            seen = Tokens(
+                *(
+                    jax.lax.dynamic_update_slice(old, new, (0, cache.end))
+                    for old, new in zip(cache.tokens, tokens, strict=True)
+                )
+            )
+            attention |= {"cached": seen, "cache_index": cache.end}
+        x_BTD, layers = self._run_blocks(
+            x_BTD, dropout, cache.layers if cache is not None else None, attention
+        )
+        with jax.named_scope("final_norm"):
+            x_BTD = _ready(self.final_norm, "final_norm", dtype)(x_BTD)
+            x_BTD = constrain(x_BTD, ("batch", "sequence", None))
+        if cache is None or layers is None:
+            return x_BTD, None
+        return x_BTD, Cache(layers, seen, cache.end + ids_BT.shape[1])
+
+    def _run_blocks(
+        self,
+        x_BTD: jax.Array,
+        dropout: DropoutKeys | None,
+        caches: LayerCache | None,
+        attention: dict[str, Any],
+    ) -> tuple[jax.Array, LayerCache | None]:
+        config = self.config
+        graphdef, stacked = nnx.split(self.blocks)
+        dtype = jnp.dtype(config.compute_dtype)
+
+        def layer(x: jax.Array, xs: tuple[jax.Array, Any, LayerCache | None]):
+            index, params, cache = xs
+            params = unshard(params, "blocks", dtype=dtype, stacked=True)
+            keys = None if dropout is None else dropout.fold_in(index)
+            block = nnx.merge(graphdef, params)
+            return block(x, dropout=keys, cache=cache, **attention)
+
+        if config.remat != "none":
+            # prevent_cse is not needed inside a scan and costs barriers.
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        with jax.named_scope("blocks"):
+            return jax.lax.scan(
+                layer,
+                x_BTD,
+                (jnp.arange(config.num_layers), stacked, caches),
+                unroll=min(config.scan_unroll, config.num_layers),
+            )
+
+    def head_kernel(self) -> jax.Array:
+        """The output head [D, V] in the compute dtype, gathered over the batch's mesh axes."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        if self.head is None:
+            return _ready(self.embedding, "embedding", dtype).table[...].T
+        return _ready(self.head, "head", dtype).kernel[...]
+
+    def empty_cache(self, *, batch_size: int, length: int) -> Cache:
+        """A cache for `length` tokens of `batch_size` sequences."""
+        config = self.config
+        shape = (batch_size, length, config.resolved_kv_heads, config.resolved_head_dim)
+        zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.compute_dtype))
+        zeros = constrain(zeros, ("layers", "batch", "sequence", "kv_heads", None))
+        nothing = jnp.zeros((batch_size, length), jnp.int32)
+        return Cache(LayerCache(zeros, zeros), Tokens(nothing, nothing), jnp.int32(0))
+
+
+def _stack(config: ModelConfig, *, key: jax.Array) -> Block:
+    """A Block whose parameters carry all layers along a first dim."""
+
+    def one(layer_key: jax.Array) -> nnx.State:
+        return nnx.split(Block(config, rngs=nnx.Rngs(params=layer_key)))[1]
+
+    graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0))))[0]
+    stacked = jax.vmap(one)(jax.random.split(key, config.num_layers))
+    stacked = jax.tree.map(
+        lambda p: p.replace(axes=("layers", *p.axes)),
+        stacked,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return nnx.merge(graphdef, stacked)
+
+
+def _ready(module: Any, path: str, dtype: jnp.dtype) -> Any:
+    """The module with its parameters cast and gathered."""
+    graphdef, params = nnx.split(module)
+    return nnx.merge(graphdef, unshard(params, path, dtype=dtype))

@@ -1,0 +1,177 @@
+"""Every attention of every model: `attend`, and the layer around it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd_train.config import ModelConfig
+from spmd_train.nn.embeddings import apply_rope
+from spmd_train.nn.norms import RMSNorm
+from spmd_train.nn.params import normal
+from spmd_train.nn.projection import Projection
+from spmd_train.parallel.rules import constrain
+
+QUERY_BLOCK = 512
+"""Queries whose scores exist at one time in a long sequence."""
+
+
+class Tokens(NamedTuple):
+    """Which tokens may see which: same segment (0 is padding), and not a later position.
+
+    Attributes:
+        segment_ids: int32 [B, T], 0 where there is no token.
+        positions: int32 [B, T], counted within the segment.
+    """
+
+    segment_ids: jax.Array
+    positions: jax.Array
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    queries: Tokens,
+    keys: Tokens,
+    in_order: bool,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """Causal grouped-query attention within segments; scores and softmax in float32.
+
+    Args:
+        q_BTHK: queries [B, T, H, K].
+        k_BSGK: keys [B, S, G, K]; H is a multiple of G.
+        v_BSGK: values, as the keys.
+        queries: segments and positions of the queries.
+        keys: segments and positions of the keys.
+        in_order: queries and keys are the same tokens in order, so that no key to the right of a
+            query can be visible, and is not computed.
+        softcap: scores become `softcap * tanh(scores / softcap)`; 0: off.
+
+    Returns:
+        [B, T, H, K] in the dtype of `q_BTHK`.
+    """
+    chex.assert_equal_shape([k_BSGK, v_BSGK])
+    length = q_BTHK.shape[1]
+    if not in_order or length <= QUERY_BLOCK or length % QUERY_BLOCK:
+        return _attend_block(q_BTHK, k_BSGK, v_BSGK, queries, keys, softcap)
+
+    # One block of queries after another against the keys so far: half the work, and memory linear
+    # in the length, since the backward pass makes a block's scores again.
+    block = jax.checkpoint(_attend_block, static_argnums=(5,))
+    outputs = []
+    for start in range(0, length, QUERY_BLOCK):
+        end = start + QUERY_BLOCK
+        rows = Tokens(*(x[:, start:end] for x in queries))
+        seen = Tokens(*(x[:, :end] for x in keys))
+        q = q_BTHK[:, start:end]
+        outputs.append(block(q, k_BSGK[:, :end], v_BSGK[:, :end], rows, seen, softcap))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _attend_block(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    softcap: float,
+) -> jax.Array:
+    b, t, h, k = q_BTHK.shape
+    g = k_BSGK.shape[2]
+    q_BTGRK = (q_BTHK / math.sqrt(k)).astype(q_BTHK.dtype).reshape(b, t, g, h // g, k)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    visible_BTS = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (
+        queries.positions[:, :, None] >= keys.positions[:, None, :]
+    )
+    scores = jnp.where(visible_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK)
+    return out.reshape(b, t, h, k)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, both [B, S, G, K]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with RoPE, optional biases and QK-norm."""
+
+    def __init__(self, config: ModelConfig, *, out_scale: float, rngs: nnx.Rngs) -> None:
+        """Makes the projections; `out_scale` initializes the one that writes the residual."""
+        d, k = (config.embed_dim,), config.resolved_head_dim
+        h, g = (config.num_heads, k), (config.resolved_kv_heads, k)
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        common = {"dtype": config.param_dtype, "rngs": rngs}
+        inner = {"use_bias": config.attention_bias, "init": normal(config.init_scale), **common}
+        self.softcap = config.attention_softcap
+        self.query = Projection(d, h, ("embed", "heads", "head_dim"), **inner)
+        self.key = Projection(d, g, kv_axes, **inner)
+        self.value = Projection(d, g, kv_axes, **inner)
+        self.out = Projection(
+            h,
+            d,
+            ("heads", "head_dim", "embed"),
+            use_bias=config.attention_out_bias,
+            init=normal(out_scale),
+            **common,
+        )
+        norm = {"epsilon": config.norm_epsilon, **common}
+        self.query_norm = RMSNorm(k, **norm) if config.qk_norm else None
+        self.key_norm = RMSNorm(k, **norm) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        tokens: Tokens,
+        rope: tuple[jax.Array, jax.Array] | None,
+        cache: LayerCache | None = None,
+        cached: Tokens | None = None,
+        cache_index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attends.
+
+        Args:
+            x_BTD: [B, T, D].
+            tokens: segments and positions of the T tokens.
+            rope: from `rope_angles`, or None.
+            cache: keys and values of earlier tokens; the new ones are written at `cache_index`.
+            cached: segments and positions of the cache's S places, the new tokens included.
+            cache_index: first place to write.
+
+        Returns:
+            [B, T, D], and the cache with the new tokens in it (None without one).
+        """
+        q = constrain(self.query(x_BTD), ("batch", "sequence", "heads", None))
+        k = constrain(self.key(x_BTD), ("batch", "sequence", "kv_heads", None))
+        v = constrain(self.value(x_BTD), ("batch", "sequence", "kv_heads", None))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is None:
+            out = attend(q, k, v, queries=tokens, keys=tokens, in_order=True, softcap=self.softcap)
+        else:
+            assert cached is not None
+            start = (0, cache_index, 0, 0)
+            cache = LayerCache(
+                jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start),
+                jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start),
+            )
+            out = attend(
+                q, *cache, queries=tokens, keys=cached, in_order=False, softcap=self.softcap
+            )
+        return self.out(constrain(out, ("batch", "sequence", "heads", None))), cache

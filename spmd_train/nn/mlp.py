@@ -1,0 +1,36 @@
+"""The feed-forward half of a block."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from spmd_train.config import ModelConfig
+from spmd_train.nn.params import normal
+from spmd_train.nn.projection import Projection
+from spmd_train.parallel.rules import constrain
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer, arXiv:2002.05202) or GELU in the tanh form (GPT-2)."""
+
+    def __init__(self, config: ModelConfig, *, out_scale: float, rngs: nnx.Rngs) -> None:
+        """Makes the projections; `out_scale` initializes the one that writes the residual."""
+        d, f, axes = (config.embed_dim,), (config.mlp_dim,), ("embed", "mlp")
+        common = {"use_bias": config.mlp_bias, "dtype": config.param_dtype, "rngs": rngs}
+        self.gate = (
+            Projection(d, f, axes, init=normal(config.init_scale), **common)
+            if config.mlp == "swiglu"
+            else None
+        )
+        self.up = Projection(d, f, axes, init=normal(config.init_scale), **common)
+        self.down = Projection(f, d, axes[::-1], init=normal(out_scale), **common)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]."""
+        up_BTF = self.up(x_BTD)
+        if self.gate is None:
+            hidden_BTF = jax.nn.gelu(up_BTF, approximate=True)
+        else:
+            hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF
+        return self.down(constrain(hidden_BTF, ("batch", "sequence", "mlp")))

@@ -1,0 +1,5 @@
+"""Optimizers and schedules, out of optax."""
+
+from spmd_train.optim.ema import ema_update as ema_update
+from spmd_train.optim.optimizer import make_optimizer as make_optimizer
+from spmd_train.optim.schedule import make_schedule as make_schedule

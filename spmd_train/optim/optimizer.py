@@ -1,0 +1,156 @@
+"""A config becomes one optax transformation: clip, precondition, decay, learning rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spmd_train.config import ConfigError, OptimizerConfig
+from spmd_train.optim.muon import scale_by_muon_or_adam
+from spmd_train.optim.schedule import make_schedule
+from spmd_train.optim.state_dtype import with_state_dtype
+from spmd_train.parallel.rules import leaf_path
+
+
+def make_optimizer(
+    config: OptimizerConfig, *, num_steps: int, params: Any, logical_axes: Any
+) -> optax.GradientTransformation:
+    """Builds the optimizer.
+
+    The chain is: clip the gradient to `clip_norm` (global, over all parameters), precondition it
+    (`name`), add `weight_decay` times the parameter where the mask says so, multiply by minus the
+    learning rate. So weight decay is decoupled and follows the schedule (AdamW as in PyTorch).
+
+    - adamw: Loshchilov and Hutter, arXiv:1711.05101.
+    - lion: Chen et al., arXiv:2302.06675. Wants a 3 to 10 times smaller learning rate.
+    - adafactor: Shazeer and Stern, arXiv:1804.04235, as Zhai et al., arXiv:2106.04560, use it: the
+      learning rate is not multiplied by the parameter's norm, momentum `b1`, second-moment decay
+      `1 - step**-0.8` up to `b2`. Second moments are factored over the two largest dims if both
+      have 128 or more; updates are clipped to an RMS of 1 in each layer.
+    - sgd: momentum `b1` (heavy ball).
+    - muon: Jordan's Muon for each layer's matrices with momentum `b1`, AdamW for everything else;
+      one learning rate for both. See `muon.py`.
+
+    Args:
+        config: the optimizer's.
+        num_steps: steps of the run, for the schedule.
+        params: nested dicts of arrays or ShapeDtypeStructs; only paths and shapes are used.
+        logical_axes: the same structure; each leaf a tuple with a name or None per dim. Stacked
+            layers have "layers" (and "stage") among them.
+
+    Returns:
+        A transformation whose state is a dict: `clip`, `precondition`, `decay`, `schedule`. What
+        mirrors a parameter in it has the parameter's path as the tail of its own. Updates are
+        float32. Apply them with `optax.apply_updates`.
+
+    Raises:
+        ConfigError: a schedule that cannot be, an invalid regular expression, a state dtype too
+            coarse for the moments, muon without matrices.
+    """
+    _check_state_dtype(config)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    chain = optax.named_chain(
+        ("clip", clip),
+        ("precondition", _PRECONDITIONERS[config.name](config, params, logical_axes)),
+        ("decay", optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config, params))),
+        ("schedule", optax.scale_by_learning_rate(make_schedule(config, num_steps=num_steps))),
+    )
+    return with_state_dtype(chain, dtype=config.state_dtype)
+
+
+def _decay_mask(config: OptimizerConfig, params: Any) -> Any:
+    """A tree of bools: which parameters are decayed."""
+    try:
+        exclude = re.compile(config.weight_decay_exclude)
+    except re.error as error:
+        raise ConfigError(
+            f"optimizer.weight_decay_exclude = {config.weight_decay_exclude!r} is no regular "
+            f"expression: {error}"
+        ) from error
+    if not exclude.pattern:
+        return jax.tree.map(lambda _: True, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: exclude.search(leaf_path(path)) is None, params
+    )
+
+
+def _check_state_dtype(config: OptimizerConfig) -> None:
+    if config.state_dtype == "float16":
+        raise ConfigError(
+            "optimizer.state_dtype = 'float16': squares of gradients below 2e-4 are 0 in it; use "
+            "bfloat16 or float32"
+        )
+    decays = {"b1": config.b1} if config.name == "sgd" else {"b1": config.b1, "b2": config.b2}
+    for name, decay in decays.items():
+        # A moment m that decays to b * m rounds back to m where (1 - b) * m is less than half the
+        # distance to bfloat16's next number; that is 2**-8 * m at most.
+        if config.state_dtype == "bfloat16" and 1 - decay < 2**-8:
+            raise ConfigError(
+                f"optimizer.{name} = {decay}: a moment in bfloat16 cannot decay "
+                f"that slowly (it rounds back to itself); with optimizer.state_dtype = 'bfloat16' "
+                f"it must be at most {1 - 2**-8}; or use float32"
+            )
+
+
+def _adamw(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
+
+
+def _lion(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+    return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+
+
+def _sgd(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+    return optax.trace(decay=config.b1) if config.b1 else optax.identity()
+
+
+def _adafactor(
+    config: OptimizerConfig, params: Any, logical_axes: Any
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            # It is added to the squared gradient, `epsilon` to the root; 0 would make 0 / 0.
+            epsilon=max(config.epsilon**2, 1e-30),
+            decay_rate_fn=lambda step, _: jnp.minimum(
+                1.0 - (jnp.asarray(step) + 1.0) ** -0.8, config.b2
+            ),
+        ),
+        _clip_by_layer_rms(1.0, logical_axes),
+        optax.ema(config.b1, debias=False) if config.b1 else optax.identity(),
+    )
+
+
+def _clip_by_layer_rms(threshold: float, logical_axes: Any) -> optax.GradientTransformation:
+    """`optax.clip_by_block_rms`, but a stacked leaf holds one block per layer."""
+
+    def clip(update: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
+        names = axes or (None,) * update.ndim
+        dims = tuple(i for i, name in enumerate(names) if name not in ("stage", "layers"))
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=dims, keepdims=True))
+        return update / jnp.maximum(1.0, rms / threshold)
+
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates, logical_axes))
+
+
+def _muon(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+    return scale_by_muon_or_adam(
+        b1=config.b1,
+        b2=config.b2,
+        epsilon=config.epsilon,
+        params=params,
+        logical_axes=logical_axes,
+    )
+
+
+_PRECONDITIONERS: dict[str, Callable[[OptimizerConfig, Any, Any], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+    "muon": _muon,
+}

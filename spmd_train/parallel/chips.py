@@ -1,0 +1,116 @@
+"""What the makers say their chips can do, per JAX device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+_GIB = 2**30
+
+_TPU = "https://docs.cloud.google.com/tpu/docs/"
+_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+_AMPERE = (
+    "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/"
+    "nvidia-ampere-architecture-whitepaper.pdf"
+)
+_A100 = (
+    "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
+    "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
+)
+_HOPPER = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One JAX device's hardware: usually a chip, half a chip for TPU7x.
+
+    Attributes:
+        device_kinds: `jax.Device.device_kind` of it, exactly.
+        flops: compute dtype to the highest dense matmul rate, FLOP/s, at JAX's default precision:
+            float32 matmuls run in bfloat16 on TPUs and in TF32 on NVIDIA GPUs since Ampere
+            (https://docs.jax.dev/en/latest/201/precision.html). A dtype that the chip has no fast
+            matmul for is not in it.
+        hbm_bytes: nominal memory; the runtime keeps some of it for itself.
+        hbm_bandwidth: bytes/s.
+        source: where the numbers are from.
+    """
+
+    device_kinds: tuple[str, ...]
+    flops: Mapping[str, float]
+    hbm_bytes: int
+    hbm_bandwidth: float
+    source: str
+
+
+def _tpu(
+    device_kinds: tuple[str, ...], bfloat16: float, gib: int, bandwidth: float, source: str
+) -> Chip:
+    return Chip(
+        device_kinds=device_kinds,
+        flops={"bfloat16": bfloat16, "float32": bfloat16},
+        hbm_bytes=gib * _GIB,
+        hbm_bandwidth=bandwidth,
+        source=_TPU + source,
+    )
+
+
+def _gpu(
+    device_kinds: tuple[str, ...],
+    sixteen_bit: float,
+    tf32: float,
+    gigabytes: int,
+    bandwidth: float,
+    source: str,
+) -> Chip:
+    # Data sheets since Ampere print rates with 2:4 sparsity; a dense matmul has half of them.
+    return Chip(
+        device_kinds=device_kinds,
+        flops={"bfloat16": sixteen_bit, "float16": sixteen_bit, "float32": tf32},
+        hbm_bytes=gigabytes * 10**9,
+        hbm_bandwidth=bandwidth,
+        source=source,
+    )
+
+
+CHIPS: dict[str, Chip] = {
+    "v4": _tpu(("TPU v4",), 275e12, 32, 1200e9, "v4"),
+    "v5e": _tpu(("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, "v5e"),
+    "v5p": _tpu(("TPU v5p", "TPU v5"), 459e12, 95, 2765e9, "v5p"),
+    "v6e": _tpu(("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, "v6e"),
+    # A chip has 2307 TFLOP/s, 192 GiB and 7380 GB/s; JAX shows each of its two halves as a device.
+    "v7x": _tpu(("TPU7x",), 1153.5e12, 96, 3690e9, "tpu7x"),
+    "t4": Chip(
+        # No bfloat16 and no TF32 in Turing's tensor cores.
+        device_kinds=("Tesla T4", "NVIDIA T4"),
+        flops={"float16": 65e12, "float32": 8.1e12},
+        hbm_bytes=16 * 10**9,
+        hbm_bandwidth=320e9,
+        source=_NVIDIA + "tesla-t4/",
+    ),
+    "l4": _gpu(("NVIDIA L4",), 121e12, 60e12, 24, 300e9, _NVIDIA + "l4/"),
+    "a100-40gb": _gpu(
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "A100-SXM4-40GB", "A100-PCIE-40GB"),
+        312e12,
+        156e12,
+        40,
+        1555e9,
+        _AMPERE,
+    ),
+    "a100-80gb": _gpu(
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312e12, 156e12, 80, 2039e9, _A100
+    ),
+    "a100-pcie-80gb": _gpu(("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80, 1935e9, _A100),
+    "h100": _gpu(("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER),
+    "h100-pcie": _gpu(("NVIDIA H100 PCIe",), 756e12, 378e12, 80, 2000e9, _HOPPER),
+    "h200": _gpu(("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/"),
+    "b200": _gpu(("NVIDIA B200",), 2250e12, 1125e12, 180, 8000e9, _NVIDIA + "hgx/"),
+}
+"""Short name, as in a target like `v5e:16x16` or `h100:4x8`, to chip. CPUs have no entry."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, None if it is not in the table.
+
+    Only whole names match: an H100 that is cut up by MIG, say, is no H100.
+    """
+    return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)

@@ -1,0 +1,203 @@
+"""Two computations that each device does on its own rows, with the one sum at the end by hand.
+
+Both have their own derivative rules: a loop then accumulates gradients locally and communicates
+once, and they can stand inside another `shard_map` (whose automatic derivative they would break).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from spmd_train.config import MESH_AXES
+from spmd_train.parallel.rules import (
+    Layout,
+    LogicalAxes,
+    axes_of,
+    current_layout,
+    manual_axes,
+    to_spec,
+)
+
+Tree = Any
+
+
+def _by_hand(
+    f: Callable[..., Any], layout: Layout, axes: Sequence[str], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`f` on each device's shards over `axes`; the other axes stay with XLA."""
+    if not axes:
+        return f
+    # Inside another shard_map the mesh is the context's, which knows what is manual already.
+    mesh = None if manual_axes() else layout.mesh
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
+
+
+def _zeros(shape: Sequence[int], dtype: Any, *, varying_like: Sequence[jax.Array]) -> jax.Array:
+    """Zeros to accumulate in: they vary over the manual axes that what is added varies over."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in varying_like))
+    zeros = jnp.zeros(shape, dtype)
+    return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
+
+
+def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: LogicalAxes) -> jax.Array:
+    """Looks up rows of a table whose rows may be sharded.
+
+    Every device looks its own tokens up in its own rows; one sum over the rows' mesh axes completes
+    them. (Left to XLA's partitioner, a gather from a sharded table replicates the activations, and
+    inside a `shard_map` it crashes.)
+
+    Args:
+        table_RD: gathered over the batch's mesh axes.
+        ids: int32, one dim per entry of `tokens`.
+        rows: logical axis of R.
+        tokens: logical axes of the ids.
+
+    Returns:
+        [*ids.shape, D].
+    """
+    layout = current_layout()
+    if layout is None:
+        return jnp.take(table_RD, ids, axis=0)
+    ids_spec = layout.activation_spec(ids.shape, tokens)
+    token_axes = axes_of(ids_spec)
+    taken = (*token_axes, *manual_axes())
+    row_axes = tuple(a for a in layout.axes(rows) if a not in taken)
+    axes = (*row_axes, *token_axes)
+    table_spec = to_spec([row_axes])
+
+    def own(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+        """The ids as this device counts its rows, and which of them it has."""
+        if row_axes:
+            ids = ids - jax.lax.axis_index(row_axes) * num_rows
+        return ids, (ids >= 0) & (ids < num_rows)
+
+    def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if not row_axes:
+            return jnp.take(table, ids, axis=0)
+        ids, here = own(ids, table.shape[0])
+        found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
+        return jax.lax.psum(jnp.where(here[..., None], found, 0), row_axes)
+
+    def add_up(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
+        ids, here = own(ids, table.shape[0])
+        # Rows of other devices are dropped: they are out of bounds.
+        ids = jnp.where(here, ids, table.shape[0])
+        zeros = _zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
+        total = zeros.at[ids].add(g.astype(jnp.float32), mode="drop")
+        return jax.lax.psum(total.astype(table.dtype), token_axes) if token_axes else total
+
+    @jax.custom_vjp
+    def take(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return _by_hand(look_up, layout, axes, (table_spec, ids_spec), ids_spec)(table, ids)
+
+    def forward(table: jax.Array, ids: jax.Array):
+        return take(table, ids), (table, ids)
+
+    def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
+        table, ids = saved
+        specs = (ids_spec, ids_spec, table_spec)
+        grad = _by_hand(add_up, layout, axes, specs, table_spec)(ids, g, table)
+        return grad.astype(table.dtype), np.zeros(ids.shape, jax.dtypes.float0)
+
+    take.defvjp(forward, backward)
+    return take(table_RD, ids)
+
+
+def sum_over_tokens(
+    f: Callable[..., Tree],
+    hidden_BTD: jax.Array,
+    kernel: jax.Array,
+    *labels_BT: jax.Array,
+    chunk: int,
+) -> Tree:
+    """Sums `f(hidden, kernel, *labels)` over devices and, on each, over chunks of the sequence.
+
+    Whatever `f` makes for a chunk lives no longer than the chunk, in the forward and in the
+    backward pass (which makes it once more). The kernel's gradient is accumulated in float32 on
+    each device and summed over the devices once.
+
+    Args:
+        f: returns a tree of sums over the tokens it is given; differentiable in the first two.
+        hidden_BTD: activations.
+        kernel: the same on all devices that split the batch and the sequence.
+        *labels_BT: what else belongs to each token; not differentiated.
+        chunk: tokens of a device's sequence per chunk; if it does not divide them, the next
+            smaller number that does.
+
+    Returns:
+        The tree of `f` over all tokens.
+    """
+    layout = current_layout()
+    spec = (
+        P() if layout is None else layout.activation_spec(labels_BT[0].shape, ("batch", "sequence"))
+    )
+    axes = tuple(a for a in MESH_AXES if a in axes_of(spec))
+
+    def by_hand(g: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return g if layout is None else _by_hand(g, layout, axes, in_specs, out_specs)
+
+    def total(x: Tree) -> Tree:
+        return jax.lax.psum(x, axes) if axes else x
+
+    def varying(x: Tree) -> Tree:
+        return jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), x) if axes else x
+
+    def split(x: jax.Array) -> jax.Array:
+        length = x.shape[1]
+        size = next(n for n in range(min(chunk, length), 0, -1) if length % n == 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], length // size, size, *x.shape[2:]), 1, 0)
+
+    def sums_of(hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Tree:
+        parts = split(hidden), *map(split, labels)
+        kernel = varying(kernel)
+        shapes = jax.eval_shape(f, parts[0][0], kernel, *(x[0] for x in parts[1:]))
+
+        def add(sums: Tree, part: Any) -> tuple[Tree, None]:
+            return jax.tree.map(jnp.add, sums, f(part[0], kernel, *part[1:])), None
+
+        zeros = jax.tree.map(
+            lambda s: _zeros(s.shape, s.dtype, varying_like=(hidden, kernel)), shapes
+        )
+        return total(jax.lax.scan(add, zeros, parts)[0])
+
+    def gradients_of(g: Tree, hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Any:
+        parts = split(hidden), *map(split, labels)
+        kernel, g = varying(kernel), varying(g)
+
+        def add(kernel_grad: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
+            pull = jax.vjp(lambda h, k: f(h, k, *part[1:]), part[0], kernel)[1]
+            hidden_grad, more = pull(g)
+            return kernel_grad + more.astype(jnp.float32), hidden_grad
+
+        zeros = _zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
+        kernel_grad, hidden_grads = jax.lax.scan(add, zeros, parts)
+        hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)
+        return hidden_grad, total(kernel_grad.astype(kernel.dtype))
+
+    @jax.custom_vjp
+    def summed(hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Tree:
+        specs = (spec, P(), *[spec] * len(labels))
+        return by_hand(sums_of, specs, P())(hidden, kernel, *labels)
+
+    def forward(*args: jax.Array) -> tuple[Tree, tuple[jax.Array, ...]]:
+        return summed(*args), args
+
+    def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
+        specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
+        grads = by_hand(gradients_of, specs, (spec, P()))(g, *saved)
+        return *grads, *(_no_gradient(x) for x in saved[2:])
+
+    summed.defvjp(forward, backward)
+    return summed(hidden_BTD, kernel, *labels_BT)
+
+
+def _no_gradient(x: jax.Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)

@@ -1,0 +1,95 @@
+"""The device mesh: seven named axes, sizes from the config, laid out along the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from spmd_train.config import MESH_AXES, ConfigError, MeshConfig
+
+
+def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes within a slice, with -1 resolved.
+
+    Args:
+        config: sizes asked for.
+        num_devices: devices there are, over all slices.
+
+    Returns:
+        Axis name to size, in the order of `MESH_AXES`. Times `dcn_sizes` they fill the devices.
+
+    Raises:
+        ConfigError: the sizes do not multiply to `num_devices`.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    slices = math.prod(dcn_sizes(config).values())
+    fixed = slices * math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    if slices > 1:
+        asked += f", times {slices} slices"
+    if free:
+        if num_devices % fixed:
+            raise ConfigError(
+                f"mesh.{free[0]}: -1 cannot be resolved: the other axes ({asked}) take {fixed} "
+                f"devices, which does not divide the {num_devices} there are"
+            )
+        sizes[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        raise ConfigError(
+            f"mesh: {asked or 'every axis 1'} takes {fixed} devices, but there are {num_devices}; "
+            "set one axis to -1 to give it the rest"
+        )
+    return sizes
+
+
+def dcn_sizes(config: MeshConfig) -> dict[str, int]:
+    """Sizes of the mesh axes between slices or nodes, in the order of `MESH_AXES`."""
+    return {axis: getattr(config.dcn, axis) for axis in MESH_AXES}
+
+
+def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lays the devices out as a mesh of all seven axes.
+
+    Within a slice JAX's `mesh_utils` places neighbours of an axis next to each other on the
+    physical network; between slices only the axes of `mesh.dcn` cross.
+
+    Args:
+        config: sizes of the axes.
+        devices: real, simulated, or of a topology without hardware; default: all there are.
+
+    Returns:
+        A mesh whose axis types are all Auto: XLA propagates shardings.
+
+    Raises:
+        ConfigError: the sizes do not fit the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = tuple(mesh_sizes(config, num_devices=len(devices)).values())
+    between = tuple(dcn_sizes(config).values())
+    if math.prod(between) > 1:
+        sliced = getattr(devices[0], "slice_index", None) is not None
+        try:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                sizes,
+                between,
+                devices,
+                process_is_granule=not sliced,
+                allow_split_physical_axes=True,
+            )
+        except ValueError as error:
+            wanted = " x ".join(f"{a}={n}" for a, n in dcn_sizes(config).items() if n > 1)
+            raise ConfigError(
+                f"mesh.dcn: {wanted} does not fit the {'slices' if sliced else 'processes'} "
+                f"that these {len(devices)} devices form: {error}"
+            ) from error
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -1,0 +1,73 @@
+"""Next-token prediction over packed documents."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd_train.config import LossConfig, ModelConfig
+from spmd_train.models.transformer import Transformer
+from spmd_train.nn.attention import Tokens
+from spmd_train.nn.dropout import dropout_keys
+from spmd_train.nn.loss import cross_entropy_sums
+from spmd_train.parallel.rules import LogicalAxes
+from spmd_train.tasks.base import Batch, LossOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """The task `language_model`.
+
+    A batch holds, each [B, T]: `tokens`, `targets`, `segment_ids` (0: padding), `positions` (int32)
+    and `weights` (float32); and `row` [B], the index of each example in the global batch.
+    """
+
+    model_config: ModelConfig
+    loss_config: LossConfig
+    sequence_length: int
+
+    def make_model(self, key: jax.Array) -> Transformer:
+        """Builds the transformer."""
+        return Transformer(self.model_config, rngs=nnx.Rngs(params=key))
+
+    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch."""
+        ids = jax.ShapeDtypeStruct((batch_size, self.sequence_length), jnp.int32)
+        return {
+            "tokens": ids,
+            "targets": ids,
+            "segment_ids": ids,
+            "positions": ids,
+            "weights": jax.ShapeDtypeStruct(ids.shape, jnp.float32),
+            "row": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        }
+
+    def batch_axes(self) -> dict[str, LogicalAxes]:
+        """Logical axes of a batch."""
+        shapes = self.batch_shapes(1)
+        return {n: ("batch", "sequence")[: len(s.shape)] for n, s in shapes.items()}
+
+    def loss(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> LossOutput:
+        """Cross-entropy in nats, plus the z-loss; metrics `cross_entropy` and `accuracy`."""
+        assert isinstance(model, Transformer)
+        rate = self.model_config.dropout
+        dropout = dropout_keys(rate, key, batch["row"]) if rate and key is not None else None
+        tokens = Tokens(batch["segment_ids"], batch["positions"])
+        hidden_BTD, _ = model(batch["tokens"], tokens=tokens, dropout=dropout)
+        with jax.named_scope("loss"):
+            sums = cross_entropy_sums(
+                hidden_BTD,
+                model.head_kernel(),
+                targets_BT=batch["targets"],
+                weights_BT=batch["weights"],
+                softcap=self.model_config.logit_softcap,
+                chunk=self.loss_config.chunk_tokens,
+            )
+        return LossOutput(
+            loss_sum=sums.cross_entropy + self.loss_config.z_loss * sums.z_squared,
+            weight_sum=jnp.sum(batch["weights"]),
+            metric_sums={"cross_entropy": sums.cross_entropy, "accuracy": sums.correct},
+        )

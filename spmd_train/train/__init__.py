@@ -1,0 +1,1 @@
+"""The program that trains, the loop around it, evaluation and generation."""

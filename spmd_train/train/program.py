@@ -1,0 +1,207 @@
+"""The program: abstract state, sharding plan, and the jitted functions that everything else uses.
+
+Training runs it, the planner lowers it for hardware that is not here, the inspector prints it.
+Nothing else jits a train step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd_train.config import ConfigError, OptimizerConfig, ShardingConfig, TrainConfig
+from spmd_train.optim import ema_update, make_optimizer, make_schedule
+from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
+from spmd_train.parallel.rules import Layout, make_rules, use_layout
+from spmd_train.tasks import Batch, LossOutput, Task
+from spmd_train.train.accumulate import sum_gradients
+from spmd_train.train.state import FunctionalModel, Params, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted SPMD program for one mesh.
+
+    Attributes:
+        model: the task's module as a function of its parameters.
+        layout: mesh, rules and the specs of the parameters.
+        plans: path to plan, for every leaf of the train state.
+        abstract_state: the train state as ShapeDtypeStructs with shardings.
+        abstract_batch: a global batch as ShapeDtypeStructs with shardings.
+        init: `init(seed) -> TrainState`; made in place, never whole on one device.
+        init_from: the same around given parameters, which are donated.
+        train_step: `train_step(state, batch) -> (state, metrics)`; the state is donated. Metrics
+            are replicated scalars: sums over tokens (`loss_sum`, `weight_sum`, the task's own),
+            `grad_norm` before clipping, `learning_rate`.
+        eval_step: `eval_step(params, batch) -> metrics`: the sums of one batch.
+    """
+
+    model: FunctionalModel
+    layout: Layout
+    plans: Mapping[str, LeafPlan]
+    abstract_state: TrainState
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[int], TrainState]
+    init_from: Callable[[Params], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Params, Batch], Metrics]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The device mesh."""
+        return self.layout.mesh
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The train step, lowered for the mesh's devices without running anything."""
+        step: Any = self.train_step
+        return step.lower(self.abstract_state, self.abstract_batch)
+
+
+def make_program(
+    task: Task,
+    *,
+    mesh: Mesh,
+    sharding: ShardingConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+) -> Program:
+    """Builds the program of a task on a mesh; compiles nothing yet.
+
+    Args:
+        task: what is learnt.
+        mesh: from `make_mesh`.
+        sharding: rules and overrides.
+        optimizer: which, with its schedule.
+        train: batch size, accumulation, seed and number of steps.
+
+    Returns:
+        The program.
+
+    Raises:
+        ConfigError: the plan is impossible, or the batch does not divide over the mesh.
+    """
+    model = FunctionalModel(task)
+    rules = make_rules(sharding)
+    param_plans = plan_params(
+        model.abstract_params,
+        model.logical_axes,
+        rules=rules,
+        overrides=sharding.overrides,
+        mesh=mesh,
+    )
+    layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
+    _check_batch(train, layout)
+
+    schedule = make_schedule(optimizer, num_steps=train.num_steps)
+    transform = make_optimizer(
+        optimizer,
+        num_steps=train.num_steps,
+        params=model.abstract_params,
+        logical_axes=model.logical_axes,
+    )
+
+    def init_from(params: Params) -> TrainState:
+        # A copy: the step donates both, and one buffer cannot be donated twice.
+        ema = (
+            jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+            if optimizer.ema_decay
+            else None
+        )
+        return TrainState(jnp.int32(0), params, transform.init(params), ema)
+
+    def init(seed: int | jax.Array) -> TrainState:
+        return init_from(model.init(jax.random.key(seed)))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with use_layout(layout):
+            key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+
+            def loss(params: Params, microbatch: Batch) -> LossOutput:
+                return task.loss(model.merge(params), microbatch, key=key)
+
+            grads, sums = sum_gradients(
+                loss, state.params, batch, num_microbatches=train.grad_accumulation, layout=layout
+            )
+            with jax.named_scope("optimizer"):
+                updates, opt_state = transform.update(grads, state.opt_state, state.params)
+                params: Any = optax.apply_updates(state.params, updates)
+                ema = state.ema
+                if ema is not None:
+                    ema = ema_update(ema, params, decay=optimizer.ema_decay, step=state.step)
+            metrics = _metrics(sums) | {
+                "grad_norm": optax.global_norm(grads),
+                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            }
+            return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    def eval_step(params: Params, batch: Batch) -> Metrics:
+        with use_layout(layout):
+            return _metrics(task.loss(model.merge(params), batch, key=None))
+
+    abstract = jax.eval_shape(init, 0)
+    plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
+    shardings = shardings_of(abstract, plans, mesh=mesh)
+    batch_axes = task.batch_axes()
+    shapes = task.batch_shapes(train.global_batch_size)
+    abstract_batch = {
+        name: jax.ShapeDtypeStruct(
+            s.shape,
+            s.dtype,
+            sharding=NamedSharding(mesh, layout.activation_spec(s.shape, batch_axes[name])),
+        )
+        for name, s in shapes.items()
+    }
+    batch_shardings = {name: s.sharding for name, s in abstract_batch.items()}
+    replicated = NamedSharding(mesh, P())
+    return Program(
+        model=model,
+        layout=layout,
+        plans=plans,
+        abstract_state=jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        ),
+        abstract_batch=abstract_batch,
+        init=jax.jit(init, out_shardings=shardings),
+        init_from=jax.jit(init_from, out_shardings=shardings, donate_argnums=0),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(shardings, batch_shardings),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            eval_step,
+            in_shardings=(shardings.params, batch_shardings),
+            out_shardings=replicated,
+        ),
+    )
+
+
+def _metrics(sums: LossOutput) -> Metrics:
+    return {"loss_sum": sums.loss_sum, "weight_sum": sums.weight_sum, **sums.metric_sums}
+
+
+def _check_batch(train: TrainConfig, layout: Layout) -> None:
+    axes = layout.axes("batch")
+    shards = layout.size(axes)
+    microbatch = train.global_batch_size // train.grad_accumulation
+    if microbatch % shards:
+        step = shards * train.grad_accumulation
+        near = max(step, round(train.global_batch_size / step) * step)
+        raise ConfigError(
+            f"train.global_batch_size: {train.global_batch_size} in {train.grad_accumulation} "
+            f"microbatches is {microbatch} sequences, which do not divide over "
+            f"{' x '.join(axes)} = {shards} devices; the nearest that does is {near}"
+        )
