@@ -78,7 +78,7 @@ def _columns(
 
 def _bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
+        if count < 1000:
             break
         count /= 1024
     else:
