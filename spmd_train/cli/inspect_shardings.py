@@ -37,7 +37,7 @@ def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[s
             group.path,
             str(group.total.num_arrays),
             "+".join(group.dtypes),
-            _bytes(group.total.bytes_per_device),
+            format_bytes(group.total.bytes_per_device),
             group.reason,
         )
         for group in table.groups
@@ -45,7 +45,12 @@ def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[s
     yield from _columns(heads, groups, right={1, 3})
     yield ""
     totals = [
-        (name, str(total.num_arrays), _bytes(total.bytes), _bytes(total.bytes_per_device))
+        (
+            name,
+            str(total.num_arrays),
+            format_bytes(total.bytes),
+            format_bytes(total.bytes_per_device),
+        )
         for name, total in table.totals.items()
     ]
     yield from _columns(("total", "arrays", "global", "per device"), totals, right={1, 2, 3})
@@ -59,7 +64,7 @@ def _row(plan: LeafPlan) -> tuple[str, ...]:
         "-" if axes is None else axes if isinstance(axes, str) else "+".join(axes)
         for axes in (*plan.spec, *[None] * (len(plan.shape) - len(plan.spec)))
     )
-    per_device = _bytes(plan.bytes_per_device)
+    per_device = format_bytes(plan.bytes_per_device)
     return plan.path, f"[{shape}]", plan.dtype, f"({spec})", per_device, plan.reason
 
 
@@ -76,7 +81,8 @@ def _columns(
         yield "  ".join(cells).rstrip()
 
 
-def _bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
+    """Bytes as people read them: `1.50 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1000:
             break
