@@ -7,7 +7,6 @@ Nothing else jits a train step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
