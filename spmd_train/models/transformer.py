@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_train.config import ModelConfig
+from spmd_train.config import ConfigError, ModelConfig
 from spmd_train.nn.attention import Attention, LayerCache, Tokens
 from spmd_train.nn.dropout import DropoutKeys
 from spmd_train.nn.embeddings import Embedding, rope_angles
@@ -197,8 +197,17 @@ class Transformer(nnx.Module):
         return _ready(self.head, "head", dtype).kernel[...]
 
     def empty_cache(self, *, batch_size: int, length: int) -> Cache:
-        """A cache for `length` tokens of `batch_size` sequences."""
+        """A cache for `length` tokens of `batch_size` sequences.
+
+        Raises:
+            ConfigError: learned positions do not reach that far.
+        """
         config = self.config
+        if self.positions is not None and length > config.max_positions:
+            raise ConfigError(
+                f"sample.max_new_tokens: with the longest prompt they make {length} tokens, but "
+                f"model.max_positions is {config.max_positions}; ask for fewer"
+            )
         shape = (batch_size, length, config.resolved_kv_heads, config.resolved_head_dim)
         zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.compute_dtype))
         zeros = constrain(zeros, ("layers", "batch", "sequence", "kv_heads", None))
