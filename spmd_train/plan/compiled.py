@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from spmd_train.inspect.collectives import Collective, count_collectives
 from spmd_train.inspect.memory import memory_report
+from spmd_train.parallel.mesh import slices_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,18 +52,8 @@ def compile_step(program: Any) -> CompiledStep:
         hlo_text=text,
         memory=memory_report(compiled),
         collectives=count_collectives(
-            text, axis_sizes=program.mesh.shape, slices=slices_of(program.mesh)
+            text, axis_sizes=program.mesh.shape, slices=slices_of(program.mesh.devices.flat)
         ),
         lower_seconds=middle - begin,
         compile_seconds=end - middle,
     )
-
-
-def slices_of(mesh: Mesh) -> Sequence[int]:
-    """For each device in mesh order its slice, or where there are none its process (node)."""
-    return [
-        device.process_index
-        if (index := getattr(device, "slice_index", None)) is None
-        else int(index)
-        for device in mesh.devices.flat
-    ]
