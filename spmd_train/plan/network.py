@@ -12,7 +12,7 @@ Latency is left out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -134,28 +134,23 @@ def network_time(
 ) -> NetworkTime:
     """Sums the network's time over the collectives of a step."""
     spans: dict[tuple[Any, ...], Span] = {}
-    sums: dict[str, float | None] = {"ici": 0.0, "dcn": 0.0}
-    hidden = 0.0
+    ici, dcn, hidden = 0.0, 0.0, 0.0
+    unknown: set[str] = set()
     for c in collectives:
         key = (c.axes, c.group_size)
         if key not in spans:
             spans[key] = span_of(c.axes, mesh=mesh, target=target, group_size=c.group_size)
-        times = seconds_of(
+        inside, between = seconds_of(
             c.op, payload=c.bytes_each, group_size=c.group_size, span=spans[key], chip=chip
         )
-        for name, seconds in zip(("ici", "dcn"), times, strict=True):
-            total = sums[name]
-            known = total is not None and seconds is not None
-            sums[name] = total + seconds * (c.count or 0) if known else None
-            if c.is_async and seconds:
-                hidden += seconds * (c.count or 0)
-    return NetworkTime(ici=sums["ici"], dcn=sums["dcn"], hidden=hidden)
-
-
-def per_axis(collectives: Sequence[Collective]) -> Mapping[str, int]:
-    """Mesh axes (joined by +) to wire bytes per device and step, largest first."""
-    sums: dict[str, int] = {}
-    for c in collectives:
-        name = "+".join(c.axes) or "one device"
-        sums[name] = sums.get(name, 0) + (c.wire_bytes or 0)
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+        unknown |= {n for n, s in (("ici", inside), ("dcn", between)) if s is None}
+        count = c.count or 0
+        ici += (inside or 0.0) * count
+        dcn += (between or 0.0) * count
+        if c.is_async:
+            hidden += ((inside or 0.0) + (between or 0.0)) * count
+    return NetworkTime(
+        ici=None if "ici" in unknown else ici,
+        dcn=None if "dcn" in unknown else dcn,
+        hidden=hidden,
+    )

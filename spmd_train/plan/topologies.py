@@ -54,6 +54,8 @@ def open_target(target: Target) -> Iterator[list[Any]]:
         return
     # JAX itself stays on the CPU, also on a machine that has accelerators.
     jax.config.update("jax_platforms", "cpu")
+    # A program for devices that are not here can be compiled, but not read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     with _only_one():
         yield _tpu_devices(target) if target.platform == "tpu" else _gpu_devices(target)
 
