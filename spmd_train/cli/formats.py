@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
 
 def format_bytes(count: float) -> str:
-    """Bytes: `1.50 GiB`, never more than three digits before the point but for the largest."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while count >= 1000 and power < len(units) - 1:
-        count /= 1024
-        power += 1
-    return f"{count:.0f} B" if power == 0 else f"{count:.2f} {units[power]}"
+    """Bytes in the unit that leaves at most three digits before the point: `1.50 GiB`."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    unit = min(int(math.log(count / 1000, 1024)) + 1, len(_UNITS))
+    return f"{count / 1024**unit:.2f} {_UNITS[unit - 1]}"
