@@ -33,6 +33,7 @@ _EXIT_CODES = """\
 exit codes:
   0    done
   2    a mistake in the command line, the config or the data: one message, nothing written
+  3    plan: it does not fit the target
   130  interrupted
   else a fault of the program, with a traceback
 

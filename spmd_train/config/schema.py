@@ -319,6 +319,28 @@ class ObserveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChipConfig:
+    """Figures of a target's chip, per JAX device; 0: those of the table of chips."""
+
+    flops: float = key(0.0, "dense matmul FLOP/s in model.compute_dtype", at_least=0)
+    hbm_bytes: float = key(0.0, "memory, bytes", at_least=0)
+    hbm_bandwidth: float = key(0.0, "of the memory, bytes/s", at_least=0)
+    ici_bandwidth: float = key(0.0, "sent over ICI or NVLink by a device, bytes/s", at_least=0)
+    dcn_bandwidth: float = key(0.0, "sent out of its slice or node, bytes/s", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What `spmd-train plan` reckons with; training does not read it."""
+
+    tokens: int = key(0, "tokens to train on; 0: those of train.num_steps", at_least=0)
+    dollars_per_device_hour: float = key(0.0, "price of a device; 0: not told", at_least=0)
+    watts_per_device: float = key(0.0, "power of a device, all included; 0: not told", at_least=0)
+    silence: str = key("", "names of lints not to report, comma-separated")
+    chip: ChipConfig = section(ChipConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """A whole experiment."""
 
@@ -333,3 +355,4 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     sample: SampleConfig = section(SampleConfig)
     observe: ObserveConfig = section(ObserveConfig)
+    plan: PlanConfig = section(PlanConfig)
