@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from spmd_train.config import MESH_AXES, ConfigError
 from spmd_train.parallel import blockwise
 from spmd_train.parallel.blockwise import Gradients, Keys, Pairs, Result, Scoring, Tokens
-from spmd_train.parallel.manual import by_hand_over, no_gradient
+from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
 from spmd_train.parallel.placement import Placement, Tiles, blocks_per_device
 from spmd_train.parallel.rules import (
     Layout,
@@ -112,7 +112,7 @@ def attend_split(
             out_specs=(spec, saved_specs),
         )
         with jax.named_scope(layout.context.method):
-            out, saved = run(q, k, v, tokens)
+            out, saved = opaque(run)(q, k, v, tokens)
         return out, (saved, out, tokens)
 
     def backward(residuals: Any, out_grad: jax.Array) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ def attend_split(
             out_specs=qkv_specs,
         )
         with jax.named_scope(layout.context.method):
-            grads = run(saved, tokens, out, out_grad)
+            grads = opaque(run)(saved, tokens, out, out_grad)
         return *grads, jax.tree.map(no_gradient, tokens)
 
     @jax.custom_vjp
@@ -406,7 +406,7 @@ def place(x: jax.Array, axes: LogicalAxes) -> jax.Array:
         return jnp.concatenate(parts, axis=dim)
 
     manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
-    return by_hand_over(exchange, layout, manual, (spec,), spec)(x)
+    return opaque(by_hand_over(exchange, layout, manual, (spec,), spec))(x)
 
 
 def check_sequence(length: int, layout: Layout) -> None:
