@@ -27,8 +27,8 @@ from spmd_train.observe import (
     model_flops_per_token,
 )
 from spmd_train.parallel.batches import HostBatch, put_batch, rows_here
-from spmd_train.parallel.context import check_heads
 from spmd_train.parallel.mesh import make_mesh
+from spmd_train.parallel.sequence import check_heads
 from spmd_train.tasks import Batch, Task, make_task
 from spmd_train.train.evaluate import evaluate, means, with_bits_per_byte
 from spmd_train.train.generate import Sampling, generate

@@ -16,8 +16,9 @@ from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import Projection
 from spmd_train.parallel.blockwise import Tokens, visible
-from spmd_train.parallel.context import attend_split, split_axes
+from spmd_train.parallel.context import attend_split
 from spmd_train.parallel.rules import constrain
+from spmd_train.parallel.sequence import split_axes
 
 QUERY_BLOCK = 512
 """Queries whose scores exist at one time in a long sequence."""

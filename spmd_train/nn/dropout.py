@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from spmd_train.parallel.context import place
 from spmd_train.parallel.rules import constrain
+from spmd_train.parallel.sequence import place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ def attend_tiles(
 
     def body(n: jax.Array | int, running: Running) -> Running:
         i, j = tiles[n, 0] * scoring.tile, tiles[n, 1] * scoring.tile
-        q, k, v, scores, _ = _tile_scores(q_BGRTK, queries, keys, i, j, scoring)
+        _, _, v, scores, _ = _tile_scores(q_BGRTK, queries, keys, i, j, scoring)
         highest, total, out = (_cut(x, i, scoring.tile, 3) for x in running)
         new = jnp.maximum(highest, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - new[..., None])
@@ -146,9 +146,8 @@ class Result(NamedTuple):
 def zero_gradients(q_BGRTK: jax.Array, keys: Keys) -> Gradients:
     """Gradients to add to."""
     like = (q_BGRTK, keys.k, keys.v)
-    return Gradients(
-        *(varying_zeros(x.shape, jnp.float32, varying_like=like) for x in (q_BGRTK, *keys[:2]))
-    )
+    q, k, v = (varying_zeros(x.shape, jnp.float32, varying_like=like) for x in like)
+    return Gradients(q, k, v)
 
 
 def gradient_tiles(

@@ -4,7 +4,7 @@
 |---|---|---|
 | `ring` | keys and values, a device a step | Liu et al., arXiv:2310.01889 |
 | `all_gather` | all keys and values to all devices at once | Llama 3, arXiv:2407.21783 |
-| `ulysses` | queries, keys, values and outputs: tokens for heads | DeepSpeed-Ulysses, arXiv:2309.14509 |
+| `ulysses` | queries, keys, values, outputs: tokens for heads | DeepSpeed, arXiv:2309.14509 |
 
 Each is a `shard_map` over every axis that shards the attention's arrays, with its own derivative
 rule: the backward pass makes a tile's scores again, so that memory stays linear in the tokens of
@@ -24,28 +24,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spmd_train.config import MESH_AXES, ConfigError
+from spmd_train.config import MESH_AXES
 from spmd_train.parallel import blockwise
-from spmd_train.parallel.blockwise import Gradients, Keys, Pairs, Result, Scoring, Tokens
+from spmd_train.parallel.blockwise import Gradients, Keys, Result, Scoring, Tokens
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
-from spmd_train.parallel.placement import Placement, Tiles, blocks_per_device
-from spmd_train.parallel.rules import (
-    Layout,
-    LogicalAxes,
-    axes_of,
-    current_layout,
-    dims_of,
-    manual_axes,
-    to_spec,
-)
+from spmd_train.parallel.placement import Placement, Tiles
+from spmd_train.parallel.rules import axes_of, current_layout, dims_of, manual_axes, to_spec
+from spmd_train.parallel.sequence import check_heads, check_sequence
 
-QKV = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def split_axes() -> tuple[str, ...]:
-    """The mesh axes that split a sequence here; () outside `use_layout` and where none does."""
-    layout = current_layout()
-    return () if layout is None else layout.axes("sequence")
+QKV = tuple[jax.Array, ...]
+"""Arrays that belong to queries, keys and values."""
 
 
 def attend_split(
@@ -100,7 +88,7 @@ def attend_split(
     spec = to_spec([q_dims[0], axes, heads])
     ids_spec = to_spec([q_dims[0], axes])
     qkv_specs = (spec, spec, spec)
-    token_specs = Tokens(ids_spec, ids_spec)
+    token_specs: Any = (ids_spec, ids_spec)
     saved_specs = method.saved_specs(q_dims[0], axes, heads)
     manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
     by_hand = functools.partial(by_hand_over, layout=layout, axes=manual)
@@ -169,9 +157,12 @@ class _Split:
         return jax.lax.all_to_all(x_BSH, self.axes, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> QKV:
-    """Scaled queries [B, G, R, T, K], keys and values [B, G, S, K]."""
-    return _group(q / math.sqrt(q.shape[3]), k.shape[2]).astype(q.dtype), *map(_swap, (k, v))
+def _heads_first(
+    q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens
+) -> tuple[jax.Array, Keys]:
+    """Scaled queries [B, G, R, T, K]; keys and values [B, G, S, K] with their tokens."""
+    q_BGRTK = _group(q / math.sqrt(q.shape[3]), k.shape[2]).astype(q.dtype)
+    return q_BGRTK, Keys(_swap(k), _swap(v), tokens)
 
 
 def _swap(x: jax.Array) -> jax.Array:
@@ -207,8 +198,7 @@ def _sequence_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[
 
 
 def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
-    q_BGRTK, *kv = _heads_first(q, k, v)
-    held = Keys(*kv, tokens)
+    q_BGRTK, held = _heads_first(q, k, v, tokens)
     running = blockwise.begin(q_BGRTK, held)
     steps = split.placement.ring()
     for (step, tiles), after in zip(steps, [*steps[1:], None], strict=True):
@@ -223,11 +213,9 @@ def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, token
 
 def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array):
     q, k, v, log_total = saved
-    num_groups = k.shape[2]
-    q_BGRTK, *kv = _heads_first(q, k, v)
-    group = functools.partial(_group, num_groups=num_groups)
+    q_BGRTK, held = _heads_first(q, k, v, tokens)
+    group = functools.partial(_group, num_groups=k.shape[2])
     result = Result(group(out_grad), group(log_total), group(_dot(out, out_grad)))
-    held = Keys(*kv, tokens)
     zeros = blockwise.zero_gradients(q_BGRTK, held)
     q_total, own, visiting = zeros.q, zeros, None
     steps = split.placement.ring()
@@ -261,11 +249,16 @@ def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, ou
 
 
 def _here(
-    split: _Split, tiles: Tiles, queries: Tokens, keys: Tokens, q: jax.Array, *kv: jax.Array
+    split: _Split,
+    tiles: Tiles,
+    queries: Tokens,
+    keys: Tokens,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention where all keys are at hand: output and log_total [B, T, H]."""
-    q_BGRTK, *kv_heads = _heads_first(q, *kv)
-    held = Keys(*kv_heads, keys)
+    q_BGRTK, held = _heads_first(q, k, v, keys)
     running = blockwise.attend_tiles(
         blockwise.begin(q_BGRTK, held),
         q_BGRTK,
@@ -283,17 +276,18 @@ def _here_backward(
     tiles: Tiles,
     queries: Tokens,
     keys: Tokens,
-    qkv: QKV,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     results: Sequence[jax.Array],
 ) -> Gradients:
     """Gradients of `_here`, out of the output's gradient, log_total and `_dot`."""
-    q_BGRTK, *kv = _heads_first(*qkv)
-    held = Keys(*kv, keys)
+    q_BGRTK, held = _heads_first(q, k, v, keys)
     return blockwise.gradient_tiles(
         blockwise.zero_gradients(q_BGRTK, held),
         q_BGRTK,
         queries,
-        Result(*(_group(x, qkv[1].shape[2]) for x in results)),
+        Result(*(_group(x, k.shape[2]) for x in results)),
         held,
         tiles.mine(split.axes),
         split.scoring,
@@ -301,8 +295,8 @@ def _here_backward(
 
 
 def _gather_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
-    *kv, keys = split.gather((k, v, tokens))
-    out, log_total = _here(split, split.placement.gathered(), tokens, keys, q, *kv)
+    all_k, all_v, keys = split.gather((k, v, tokens))
+    out, log_total = _here(split, split.placement.gathered(), tokens, keys, q, all_k, all_v)
     return out, (q, k, v, log_total)
 
 
@@ -310,15 +304,15 @@ def _gather_backward(
     split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array
 ):
     q, k, v, log_total = saved
-    *kv, keys = split.gather((k, v, tokens))
+    all_k, all_v, keys = split.gather((k, v, tokens))
     results = out_grad, log_total, _dot(out, out_grad)
     tiles = split.placement.gathered()
-    grads = _here_backward(split, tiles, tokens, keys, (q, *kv), results)
-    own = (
+    grads = _here_backward(split, tiles, tokens, keys, q, all_k, all_v, results)
+    k_grad, v_grad = (
         jax.lax.psum_scatter(x, split.axes, scatter_dimension=2, tiled=True)
         for x in (grads.k, grads.v)
     )
-    return _finish_gradients(Gradients(grads.q, *own), q, k, v)
+    return _finish_gradients(Gradients(grads.q, k_grad, v_grad), q, k, v)
 
 
 def _heads_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> Any:
@@ -337,12 +331,12 @@ def _ulysses_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, to
 def _ulysses_backward(
     split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array
 ):
-    *qkv, log_total = saved
+    q, k, v, log_total = saved
     everywhere = split.gather(tokens)
     results = split.to_heads(out_grad), log_total, split.to_heads(_dot(out, out_grad))
     tiles = split.placement.whole()
-    grads = _here_backward(split, tiles, everywhere, everywhere, tuple(qkv), results)
-    q, k, v = (split.to_tokens(x) for x in _finish_gradients(grads, *qkv))
+    grads = _here_backward(split, tiles, everywhere, everywhere, q, k, v, results)
+    q, k, v = (split.to_tokens(x) for x in _finish_gradients(grads, q, k, v))
     b, t, g, width = k.shape
     copied = (b, t, g // split.kv_copies, split.kv_copies, width)
     return q, *(x.reshape(copied).sum(3, dtype=jnp.float32).astype(x.dtype) for x in (k, v))
@@ -368,77 +362,3 @@ _METHODS: Mapping[str, _Method] = {
     "all_gather": _Method(_gather_forward, _gather_backward, _sequence_specs),
     "ulysses": _Method(_ulysses_forward, _ulysses_backward, _heads_specs),
 }
-
-
-def place(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """Lays a sequence on the devices as `context.placement` says; the identity where none splits it.
-
-    Args:
-        x: in the sequence's own order.
-        axes: its logical axes.
-
-    Returns:
-        The same shape. For zig-zag each device gets its two blocks from the devices that hold them
-        in order: every element travels at most once.
-
-    Raises:
-        ConfigError: the sequence does not divide.
-    """
-    layout = current_layout()
-    split = split_axes()
-    if layout is None or not split or "sequence" not in axes:
-        return x
-    dim = axes.index("sequence")
-    check_sequence(x.shape[dim], layout)
-    if layout.context.placement == "contiguous":
-        return x
-    spec = layout.activation_spec(x.shape, axes)
-    c = layout.size(split)
-    holder = {block: i for i in range(c) for block in (i, 2 * c - 1 - i)}
-
-    def exchange(x: jax.Array) -> jax.Array:
-        first, second = jnp.split(x, 2, axis=dim)
-        # The even blocks go to different devices, and so do the odd ones.
-        even = jax.lax.ppermute(first, split, [(i, holder[2 * i]) for i in range(c)])
-        odd = jax.lax.ppermute(second, split, [(i, holder[2 * i + 1]) for i in range(c)])
-        starts_even = jax.lax.axis_index(split) % 2 == 0
-        parts = jnp.where(starts_even, even, odd), jnp.where(starts_even, odd, even)
-        return jnp.concatenate(parts, axis=dim)
-
-    manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
-    return opaque(by_hand_over(exchange, layout, manual, (spec,), spec))(x)
-
-
-def check_sequence(length: int, layout: Layout) -> None:
-    """Raises ConfigError if a sequence of `length` tokens does not divide over the devices."""
-    c = layout.size(layout.axes("sequence"))
-    blocks = blocks_per_device(layout.context.placement) * c if c > 1 else 1
-    if length % blocks:
-        below = max(blocks, length // blocks * blocks)
-        near = sorted({below, below + blocks} if length > blocks else {blocks})
-        raise ConfigError(
-            f"data.sequence_length: {length} does not divide over mesh.context = {c} devices with "
-            f"context.placement={layout.context.placement}, which cuts it into {blocks} blocks; "
-            f"the nearest that do are {' and '.join(map(str, near))}"
-        )
-
-
-def check_heads(num_heads: int, num_kv_heads: int, layout: Layout) -> None:
-    """Raises ConfigError if `ulysses` cannot give every device whole heads."""
-    c = layout.size(layout.axes("sequence"))
-    if c == 1 or layout.context.method != "ulysses":
-        return
-    shards, kv_shards = (layout.size(layout.axes(name)) for name in ("heads", "kv_heads"))
-    own, own_kv = num_heads // shards, num_kv_heads // kv_shards
-    for key, heads, over, fits in (
-        ("num_heads", num_heads, shards, own % c == 0),
-        ("num_kv_heads", num_kv_heads, kv_shards, own_kv % c == 0 or c % own_kv == 0),
-    ):
-        if not fits:
-            unit = c * over
-            near = max(unit, round(heads / unit) * unit)
-            raise ConfigError(
-                f"model.{key}: {heads} heads over {over} tensor shards do not divide over "
-                f"mesh.context = {c} devices, as context.method=ulysses needs; the nearest that "
-                f"do are {near}; or use context.method=ring or all_gather"
-            )

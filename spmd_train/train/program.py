@@ -7,7 +7,6 @@ Nothing else jits a train step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,9 +24,9 @@ from spmd_train.config import (
     TrainConfig,
 )
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
-from spmd_train.parallel.context import check_sequence, place
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
 from spmd_train.parallel.rules import Layout, make_rules, use_layout
+from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, Task
 from spmd_train.train.accumulate import sum_gradients
 from spmd_train.train.state import FunctionalModel, Params, TrainState
