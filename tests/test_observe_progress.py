@@ -125,7 +125,8 @@ def test_observe_clock_separates_compilation_waiting_and_pauses():
         clock.step_done()
 
     step(wait=2.0, work=30.0)
-    for _ in range(4):
+    time.seconds += 0.5  # the first step runs on after its dispatch
+    for _ in range(3):
         step(wait=0.1, work=0.4)
     values = clock.read()
     assert values == pytest.approx(
@@ -133,7 +134,7 @@ def test_observe_clock_separates_compilation_waiting_and_pauses():
             "compile_seconds": 30.0,
             "step_seconds": 0.5,
             "tokens_per_second": 2000.0,
-            "data_wait_seconds": 0.1,
+            "data_wait_seconds": 0.3 / 4,
         }
     )
     with clock.paused():
@@ -146,16 +147,48 @@ def test_observe_clock_separates_compilation_waiting_and_pauses():
     )
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_observe_clock_is_exact_when_metrics_lag_a_step_and_a_pause_catches_up(asynchronous):
+    time, start = FakeTime(), 7
+    clock = StepClock(tokens_per_step=10, start_step=start, now=time)
+    device_free = 0.0
+
+    def wait_for(finish: float) -> None:
+        time.seconds = max(time.seconds, finish)
+
+    finishes, read_at = {}, {}
+    for step in range(start + 1, 31):
+        if step == start + 1:
+            time.seconds += 20.0  # compiles
+        device_free = finishes[step] = max(time.seconds, device_free) + 2.0
+        if not asynchronous:
+            wait_for(device_free)
+        clock.step_done()
+        for done in [step - 1] + [step] * (step % 10 == 0):  # every tenth step a pause
+            if done > start:
+                wait_for(finishes[done])
+            if done == start + 1 or (done % 5 == 0 and done > start and done not in read_at):
+                read_at[done] = clock.read(done)
+        if step % 10 == 0:
+            with clock.paused():
+                time.seconds += 33.0
+    assert read_at[8]["step_seconds"] is None and read_at[8]["compile_seconds"] >= 20.0
+    assert list(read_at) == [8, 10, 15, 20, 25, 30]
+    for done in (10, 15, 20, 25, 30):
+        slack = 0 if asynchronous else 2.0 / (done - max(8, done - 5))  # one step, at most
+        assert read_at[done]["step_seconds"] == pytest.approx(2.0, abs=slack + 1e-9)
+
+
 def test_observe_clock_after_the_first_step_knows_only_its_compilation():
     time = FakeTime()
     clock = StepClock(tokens_per_step=10, now=time)
     time.seconds += 5.0
     clock.step_done()
-    time.seconds += 1.0  # the first step runs; its time belongs to the first interval
+    time.seconds += 1.0
     values = clock.read()
     assert values.pop("compile_seconds") == pytest.approx(5.0)
     assert values == dict.fromkeys(("step_seconds", "tokens_per_second", "data_wait_seconds"))
-    time.seconds += 1.0
+    time.seconds += 2.0
     clock.step_done()
     assert clock.read()["step_seconds"] == pytest.approx(2.0)
     assert "compile_seconds" not in clock.read()
@@ -170,4 +203,4 @@ def test_observe_clock_closes_its_spans_on_errors():
         raise StopIteration
     time.seconds += 1.0
     clock.step_done()
-    assert clock.read()["data_wait_seconds"] == pytest.approx(3.0)
+    assert clock.read()["data_wait_seconds"] == pytest.approx(1.5)

@@ -10,38 +10,46 @@ from collections.abc import Callable, Iterator
 class StepClock:
     """Times the steps between two readings.
 
-        clock = StepClock(tokens_per_step=batch_size * sequence_length)
-        for step in range(start, num_steps):
+        clock = StepClock(tokens_per_step=batch_size * sequence_length, start_step=start)
+        for step in range(start + 1, num_steps + 1):
             with clock.waiting():
                 batch = next(batches)
             state, metrics = train_step(state, batch)
             clock.step_done()
             if due:
-                values = {**to_host(metrics_of_the_step_before), **clock.read()}
+                values = {**to_host(metrics_before), **clock.read(step - 1)}
             with clock.paused():
                 evaluate(...)
 
-    The first step is apart: it traces and compiles before it is dispatched, and its time is
-    `compile_seconds`. Steps are dispatched, not finished, when `step_done` is called; the rates are
-    right because both ends of an interval lie after metrics of the step before have been read.
+    The first step is apart: it traces and compiles before it is dispatched, and that time is
+    `compile_seconds`. Later steps may be running while the host is ahead of them; so an interval
+    begins and ends where a step is known to be finished, because its metrics were read.
     """
 
-    def __init__(self, *, tokens_per_step: int, now: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        start_step: int = 0,
+        now: Callable[[], float] = time.monotonic,
+    ):
         """Starts the first step's time.
 
         Args:
             tokens_per_step: of the global batch.
+            start_step: steps that were made before (a resumed run).
             now: a clock that only goes forward, seconds.
         """
         self._tokens_per_step = tokens_per_step
         self._now = now
+        self._first_step = start_step + 1
+        self._dispatched = start_step
         self._compile_seconds: float | None = None
-        self._compiled = False
-        self._restart()
+        self._restart(finished=start_step)
 
-    def _restart(self) -> None:
+    def _restart(self, *, finished: int) -> None:
         self._begin = self._now()
-        self._steps = 0
+        self._finished = finished
         self._waited = 0.0
         self._paused = 0.0
 
@@ -58,7 +66,7 @@ class StepClock:
     def paused(self) -> Iterator[None]:
         """Around what is no step (evaluation, saving): not part of any step's time.
 
-        Enter it after a metric was read, lest the step under way be finished on the pause's time.
+        Enter it after the last step's metrics were read, lest that step run on the pause's time.
         """
         begin = self._now()
         try:
@@ -67,33 +75,35 @@ class StepClock:
             self._paused += self._now() - begin
 
     def step_done(self) -> None:
-        """After each call of the train step."""
-        if self._compiled:
-            self._steps += 1
-            return
-        self._compiled = True
-        self._compile_seconds = self._now() - self._begin - self._waited - self._paused
-        self._restart()
+        """After each call of the train step: it is dispatched, perhaps not finished."""
+        self._dispatched += 1
+        if self._dispatched == self._first_step:
+            self._compile_seconds = self._now() - self._begin - self._waited - self._paused
+            self._restart(finished=self._dispatched - 1)
 
-    def read(self) -> dict[str, float | None]:
-        """The steps since the last reading, and begins the next interval.
+    def read(self, step: int | None = None) -> dict[str, float | None]:
+        """The steps since the last reading; begins the next interval.
+
+        Args:
+            step: the step whose metrics were just read; None: the last one dispatched.
 
         Returns:
-            `step_seconds`, `tokens_per_second`, `data_wait_seconds` (per step): None if only the
-            first step was made; `compile_seconds` once, the first step's time until its dispatch.
+            `step_seconds`, `tokens_per_second`, `data_wait_seconds` (per step), None if no step or
+            only the first was finished since; and once `compile_seconds`, the first step's time
+            until its dispatch.
         """
+        finished = self._dispatched if step is None else step
+        steps = finished - self._finished
         seconds = self._now() - self._begin - self._paused
-        steps = self._steps
+        known = steps > 0 and finished > self._first_step and seconds > 0
         values: dict[str, float | None] = {
-            "step_seconds": seconds / steps if steps else None,
-            "tokens_per_second": (
-                self._tokens_per_step * steps / seconds if steps and seconds > 0 else None
-            ),
-            "data_wait_seconds": self._waited / steps if steps else None,
+            "step_seconds": seconds / steps if known else None,
+            "tokens_per_second": self._tokens_per_step * steps / seconds if known else None,
+            "data_wait_seconds": self._waited / steps if known else None,
         }
         if self._compile_seconds is not None:
             values["compile_seconds"] = self._compile_seconds
             self._compile_seconds = None
-        if steps:
-            self._restart()
+        if steps > 0:
+            self._restart(finished=finished)
         return values

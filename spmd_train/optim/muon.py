@@ -15,12 +15,13 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from spmd_train.config import ConfigError
+from spmd_train.parallel.rules import LogicalAxes
 
 BATCH_AXES = ("stage", "layers", "expert")
 HEAD_AXES = ("heads", "kv_heads", "head_dim")
 
 
-def muon_dims(axes: tuple[str | None, ...] | None) -> MuonDimensionNumbers | None:
+def muon_dims(axes: LogicalAxes | None) -> MuonDimensionNumbers | None:
     """Which dims of a parameter are rows and which are columns of the matrices in it.
 
     Each layer (and expert, and pipeline stage) has a matrix of its own. Heads and head_dim are one
@@ -47,7 +48,7 @@ def muon_dims(axes: tuple[str | None, ...] | None) -> MuonDimensionNumbers | Non
 
 
 def scale_by_muon_or_adam(
-    *, b1: float, b2: float, epsilon: float, params: Any, logical_axes: Any
+    *, b1: float, b2: float, epsilon: float, params: Any, axes: Any
 ) -> optax.GradientTransformation:
     """Muon where `muon_dims` finds matrices, Adam elsewhere.
 
@@ -59,8 +60,8 @@ def scale_by_muon_or_adam(
         b1: momentum of both; Muon's is Nesterov's.
         b2: second-moment decay of Adam.
         epsilon: added to Adam's denominator and to the norm that Muon divides by.
-        params: nested dicts; paths and shapes are used.
-        logical_axes: same structure, leaves as in `muon_dims`.
+        params: nested dicts; only the structure is used.
+        axes: the same structure; each leaf logical axes or None.
 
     Returns:
         The transformation, without learning rate or decay.
@@ -68,10 +69,8 @@ def scale_by_muon_or_adam(
     Raises:
         ConfigError: no parameter is Muon's.
     """
-    dims = jax.tree.map(lambda _, axes: muon_dims(axes) or optax.MaskedNode(), params, logical_axes)
-    labels = jax.tree.map(
-        lambda _, axes: "muon" if muon_dims(axes) else "adam", params, logical_axes
-    )
+    dims = jax.tree.map(lambda _, names: muon_dims(names) or optax.MaskedNode(), params, axes)
+    labels = jax.tree.map(lambda _, names: "muon" if muon_dims(names) else "adam", params, axes)
     if "muon" not in jax.tree.leaves(labels):
         raise ConfigError(
             "optimizer.name = 'muon': no parameter is a matrix of a layer (logical axes 'layers' "

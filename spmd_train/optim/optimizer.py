@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,11 +14,15 @@ from spmd_train.config import ConfigError, OptimizerConfig
 from spmd_train.optim.muon import scale_by_muon_or_adam
 from spmd_train.optim.schedule import make_schedule
 from spmd_train.optim.state_dtype import with_state_dtype
-from spmd_train.parallel.rules import leaf_path
+from spmd_train.parallel.rules import LogicalAxes, leaf_path
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, num_steps: int, params: Any, logical_axes: Any
+    config: OptimizerConfig,
+    *,
+    num_steps: int,
+    params: Any,
+    logical_axes: Mapping[str, LogicalAxes | None],
 ) -> optax.GradientTransformation:
     """Builds the optimizer.
 
@@ -40,8 +44,8 @@ def make_optimizer(
         config: the optimizer's.
         num_steps: steps of the run, for the schedule.
         params: nested dicts of arrays or ShapeDtypeStructs; only paths and shapes are used.
-        logical_axes: the same structure; each leaf a tuple with a name or None per dim. Stacked
-            layers have "layers" (and "stage") among them.
+        logical_axes: parameter path to logical axes, None where the leaf has none. Stacked layers
+            have "layers" (and "stage") among them.
 
     Returns:
         A transformation whose state is a dict: `clip`, `precondition`, `decay`, `schedule`. What
@@ -53,10 +57,13 @@ def make_optimizer(
             coarse for the moments, muon without matrices.
     """
     _check_state_dtype(config)
+    axes = jax.tree_util.tree_map_with_path(
+        lambda path, _: logical_axes.get(leaf_path(path)), params
+    )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.named_chain(
         ("clip", clip),
-        ("precondition", _PRECONDITIONERS[config.name](config, params, logical_axes)),
+        ("precondition", _PRECONDITIONERS[config.name](config, params, axes)),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config, params))),
         ("schedule", optax.scale_by_learning_rate(make_schedule(config, num_steps=num_steps))),
     )
@@ -97,21 +104,19 @@ def _check_state_dtype(config: OptimizerConfig) -> None:
             )
 
 
-def _adamw(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+def _adamw(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
 
 
-def _lion(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+def _lion(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:
     return optax.scale_by_lion(b1=config.b1, b2=config.b2)
 
 
-def _sgd(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+def _sgd(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:
     return optax.trace(decay=config.b1) if config.b1 else optax.identity()
 
 
-def _adafactor(
-    config: OptimizerConfig, params: Any, logical_axes: Any
-) -> optax.GradientTransformation:
+def _adafactor(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_factored_rms(
             # It is added to the squared gradient, `epsilon` to the root; 0 would make 0 / 0.
@@ -120,30 +125,30 @@ def _adafactor(
                 1.0 - (jnp.asarray(step) + 1.0) ** -0.8, config.b2
             ),
         ),
-        _clip_by_layer_rms(1.0, logical_axes),
+        _clip_by_layer_rms(1.0, axes),
         optax.ema(config.b1, debias=False) if config.b1 else optax.identity(),
     )
 
 
-def _clip_by_layer_rms(threshold: float, logical_axes: Any) -> optax.GradientTransformation:
+def _clip_by_layer_rms(threshold: float, axes: Any) -> optax.GradientTransformation:
     """`optax.clip_by_block_rms`, but a stacked leaf holds one block per layer."""
 
-    def clip(update: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
-        names = axes or (None,) * update.ndim
+    def clip(update: jax.Array, names: LogicalAxes | None) -> jax.Array:
+        names = names or (None,) * update.ndim
         dims = tuple(i for i, name in enumerate(names) if name not in ("stage", "layers"))
         rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=dims, keepdims=True))
         return update / jnp.maximum(1.0, rms / threshold)
 
-    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates, logical_axes))
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates, axes))
 
 
-def _muon(config: OptimizerConfig, params: Any, logical_axes: Any) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:
     return scale_by_muon_or_adam(
         b1=config.b1,
         b2=config.b2,
         epsilon=config.epsilon,
         params=params,
-        logical_axes=logical_axes,
+        axes=axes,
     )
 
 

@@ -156,7 +156,7 @@ def make_program(
                 if ema is not None:
                     ema = ema_update(ema, params, decay=optimizer.ema_decay, step=state.step)
             metrics = _metrics(sums) | {
-                "grad_norm": optax.global_norm(grads),
+                "grad_norm": optax.tree.norm(grads),
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
             return TrainState(state.step + 1, params, opt_state, ema), metrics

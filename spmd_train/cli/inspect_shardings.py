@@ -1,0 +1,86 @@
+"""`spmd-train inspect shardings`: where every array of the train state lies, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from spmd_train import experiment
+from spmd_train.inspect.shardings import ShardingTable, as_json, sharding_table
+from spmd_train.parallel.plan import LeafPlan
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan of `args.config`; allocates and compiles nothing."""
+    program = experiment.build(args.config).program
+    table, mesh = sharding_table(program.plans), dict(program.mesh.shape)
+    if args.json:
+        print(json.dumps(as_json(table, mesh=mesh), indent=2))
+        return 0
+    for line in format_table(table, mesh=mesh):
+        print(line)
+    return 0
+
+
+def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[str]:
+    """The lines that people read."""
+    sizes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
+    yield f"mesh: {' x '.join(sizes) or 'one device'}"
+    yield ""
+    heads = ("parameter", "shape", "dtype", "spec", "per device", "reason")
+    yield from _columns(heads, [_row(plan) for plan in table.params], right={4})
+    yield ""
+    heads = ("optimizer state", "arrays", "dtype", "per device", "reason")
+    groups = [
+        (
+            group.path,
+            str(group.total.num_arrays),
+            "+".join(group.dtypes),
+            _bytes(group.total.bytes_per_device),
+            group.reason,
+        )
+        for group in table.groups
+    ]
+    yield from _columns(heads, groups, right={1, 3})
+    yield ""
+    totals = [
+        (name, str(total.num_arrays), _bytes(total.bytes), _bytes(total.bytes_per_device))
+        for name, total in table.totals.items()
+    ]
+    yield from _columns(("total", "arrays", "global", "per device"), totals, right={1, 2, 3})
+    yield ""
+    yield f"{table.num_params:,} parameters"
+
+
+def _row(plan: LeafPlan) -> tuple[str, ...]:
+    shape = ",".join(map(str, plan.shape))
+    spec = ", ".join(
+        "-" if axes is None else axes if isinstance(axes, str) else "+".join(axes)
+        for axes in (*plan.spec, *[None] * (len(plan.shape) - len(plan.spec)))
+    )
+    per_device = _bytes(plan.bytes_per_device)
+    return plan.path, f"[{shape}]", plan.dtype, f"({spec})", per_device, plan.reason
+
+
+def _columns(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]
+) -> Iterator[str]:
+    """Lines whose columns align; those in `right` to the right, the last one is free."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        cells = (
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _bytes(count: float) -> str:
+    if count < 1000:
+        return f"{count:.0f} B"
+    unit = min(int(math.log(count / 1000, 1024)) + 1, len(_UNITS))
+    return f"{count / 1024**unit:.2f} {_UNITS[unit - 1]}"

@@ -1,0 +1,145 @@
+"""What the proofs about training share: tiny configs, random batches, steps, comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from spmd_train.config import (
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from spmd_train.parallel.mesh import make_mesh
+from spmd_train.parallel.rules import leaf_path
+from spmd_train.tasks import LanguageModel
+from spmd_train.train.program import Program, make_program
+from spmd_train.train.state import TrainState
+
+# Every sharded dim divides by 8: so the same model lies on any mesh of 8 devices.
+MODEL = ModelConfig(
+    num_layers=2,
+    embed_dim=32,
+    num_heads=8,
+    head_dim=4,
+    mlp_dim=64,
+    vocab_size=64,
+    init_scale=0.2,
+)
+# Large enough an epsilon that Adam does not blow float32 noise in tiny gradients up to a step.
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, schedule=ScheduleConfig(name="constant"), epsilon=1e-4
+)
+TRAIN = TrainConfig(num_steps=10, global_batch_size=32, seed=3)
+LENGTH = 32
+SEQUENCE_SHARDED = ShardingConfig(rules={"residual_sequence": "context+tensor"})
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def program_of(
+    mesh: Mapping[str, int],
+    *,
+    model: ModelConfig = MODEL,
+    loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
+    optimizer: OptimizerConfig = OPTIMIZER,
+    sharding: ShardingConfig = ShardingConfig(),  # noqa: B008
+    train: TrainConfig = TRAIN,
+    length: int = LENGTH,
+    **train_changes: Any,
+) -> Program:
+    """A program on the first devices that the mesh needs; `{}` is one device."""
+    config = MeshConfig(**{"data": 1, **mesh})
+    num_devices = int(np.prod([getattr(config, axis) for axis in mesh] or [1]))
+    return make_program(
+        LanguageModel(model_config=model, loss_config=loss, sequence_length=length),
+        mesh=make_mesh(config, devices=jax.devices()[:num_devices]),
+        sharding=sharding,
+        optimizer=optimizer,
+        train=dataclasses.replace(train, **train_changes),
+    )
+
+
+def random_batch(
+    kind: str = "packed",
+    *,
+    seed: int = 0,
+    size: int = TRAIN.global_batch_size,
+    length: int = LENGTH,
+    vocab_size: int = MODEL.vocab_size,
+) -> dict[str, np.ndarray]:
+    """A batch of random tokens.
+
+    Args:
+        kind: `plain`: one document per row; `packed`: several, each with its own positions;
+            `ragged`: packed, padded to very different lengths, some rows wholly.
+        seed: of the tokens.
+        size: B.
+        length: T.
+        vocab_size: tokens are below it.
+    """
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab_size, (size, length + 1)).astype(np.int32)
+    begins = np.zeros((size, length), bool)
+    if kind != "plain":
+        begins = rng.random((size, length)) < 3 / length
+    begins[:, 0] = True
+    steps = np.arange(length)
+    segment_ids = np.cumsum(begins, axis=1)
+    positions = steps - np.maximum.accumulate(np.where(begins, steps, 0), axis=1)
+    weights = np.ones((size, length))
+    if kind == "ragged":
+        weights = (steps < rng.integers(0, length + 1, (size, 1))).astype(np.float32)
+        weights[rng.permutation(size)[: size // 4]] = 0
+        weights[0] = 1
+        segment_ids, positions = segment_ids * (weights > 0), positions * (weights > 0)
+        ids[:, :-1] *= weights > 0
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segment_ids": segment_ids.astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "weights": weights.astype(np.float32),
+        "row": np.arange(size, dtype=np.int32),
+    }
+
+
+def put(program: Program, batch: Arrays) -> dict[str, jax.Array]:
+    """The batch, sharded as the program wants it."""
+    return jax.device_put(
+        dict(batch), {name: s.sharding for name, s in program.abstract_batch.items()}
+    )
+
+
+def run_steps(
+    program: Program, batches: Sequence[Arrays], *, state: TrainState | None = None
+) -> tuple[np.ndarray, TrainState]:
+    """Losses per token of a step on each batch, and the state after them."""
+    state = program.init(TRAIN.seed) if state is None else state
+    losses = []
+    for batch in batches:
+        state, metrics = program.train_step(state, put(program, batch))
+        losses.append(float(metrics["loss_sum"]) / float(metrics["weight_sum"]))
+    return np.array(losses), state
+
+
+def by_path(tree: Any) -> dict[str, np.ndarray]:
+    """Path to leaf, on the host."""
+    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
+    return {leaf_path(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def largest_difference(tree: Any, other: Any) -> tuple[float, str]:
+    """The largest absolute difference between two trees of arrays, and where it is."""
+    a, b = by_path(tree), by_path(other)
+    assert a.keys() == b.keys()
+    worst = {p: float(np.max(np.abs(a[p].astype(np.float64) - b[p]), initial=0)) for p in a}
+    return max((v, p) for p, v in worst.items())
