@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from spmd_train.config import (
+    ContextConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -53,6 +54,7 @@ def program_of(
     optimizer: OptimizerConfig = OPTIMIZER,
     sharding: ShardingConfig = ShardingConfig(),  # noqa: B008
     train: TrainConfig = TRAIN,
+    context: ContextConfig = ContextConfig(),  # noqa: B008
     length: int = LENGTH,
     **train_changes: Any,
 ) -> Program:
@@ -65,6 +67,7 @@ def program_of(
         sharding=sharding,
         optimizer=optimizer,
         train=dataclasses.replace(train, **train_changes),
+        context=context,
     )
 
 

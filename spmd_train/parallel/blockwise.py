@@ -34,11 +34,10 @@ class Tokens(NamedTuple):
 
 def visible(queries: Tokens, keys: Tokens, *, window: int) -> jax.Array:
     """Bool [B, T, S]: same segment and 0 <= distance, < `window` where that is not 0."""
+    same_BTS = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
     query_BT1, key_B1S = queries.positions[:, :, None], keys.positions[:, None, :]
-    seen = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (
-        query_BT1 >= key_B1S
-    )
-    return seen & (query_BT1 - key_B1S < window) if window else seen
+    seen_BTS = same_BTS & (query_BT1 >= key_B1S)
+    return seen_BTS & (query_BT1 - key_B1S < window) if window else seen_BTS
 
 
 class Scoring(NamedTuple):

@@ -86,9 +86,8 @@ def attend_split(
     kv_copies = max(1, layout.size(axes) // (k_BTGK.shape[2] // layout.size(heads)))
     split = _Split(axes, placement, Scoring(softcap, window, placement.tile), kv_copies)
     spec = to_spec([q_dims[0], axes, heads])
-    ids_spec = to_spec([q_dims[0], axes])
+    token_spec = to_spec([q_dims[0], axes])
     qkv_specs = (spec, spec, spec)
-    token_specs: Any = (ids_spec, ids_spec)
     saved_specs = method.saved_specs(q_dims[0], axes, heads)
     manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
     by_hand = functools.partial(by_hand_over, layout=layout, axes=manual)
@@ -96,7 +95,7 @@ def attend_split(
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, Any]:
         run = by_hand(
             functools.partial(method.forward, split),
-            in_specs=(*qkv_specs, token_specs),
+            in_specs=(*qkv_specs, token_spec),
             out_specs=(spec, saved_specs),
         )
         with jax.named_scope(layout.context.method):
@@ -107,7 +106,7 @@ def attend_split(
         saved, out, tokens = residuals
         run = by_hand(
             functools.partial(method.backward, split),
-            in_specs=(saved_specs, token_specs, spec, spec),
+            in_specs=(saved_specs, token_spec, spec, spec),
             out_specs=qkv_specs,
         )
         with jax.named_scope(layout.context.method):
