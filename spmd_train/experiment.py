@@ -28,6 +28,7 @@ from spmd_train.observe import (
 )
 from spmd_train.parallel.batches import HostBatch, put_batch, rows_here
 from spmd_train.parallel.mesh import make_mesh
+from spmd_train.parallel.sequence import check_heads
 from spmd_train.tasks import Batch, Task, make_task
 from spmd_train.train.evaluate import evaluate, means, with_bits_per_byte
 from spmd_train.train.generate import Sampling, generate
@@ -96,7 +97,9 @@ def build(config: ExperimentConfig, *, devices: Sequence[Any] | None = None) -> 
         sharding=config.sharding,
         optimizer=config.optimizer,
         train=config.train,
+        context=config.context,
     )
+    check_heads(config.model.num_heads, config.model.resolved_kv_heads, program.layout)
     return Experiment(config=config, task=task, program=program)
 
 

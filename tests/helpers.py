@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from spmd_train.config import (
+    ContextConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -60,6 +61,7 @@ def program_of(
     optimizer: OptimizerConfig = OPTIMIZER,
     sharding: ShardingConfig = ShardingConfig(),  # noqa: B008
     train: TrainConfig = TRAIN,
+    context: ContextConfig = ContextConfig(),  # noqa: B008
     length: int = LENGTH,
     **train_changes: Any,
 ) -> Program:
@@ -72,6 +74,7 @@ def program_of(
         sharding=sharding,
         optimizer=optimizer,
         train=dataclasses.replace(train, **train_changes),
+        context=context,
     )
 
 

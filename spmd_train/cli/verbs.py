@@ -264,6 +264,16 @@ VERBS: tuple[Verb, ...] = (
         flags=_COMPILED,
     ),
     Verb(
+        words=("inspect", "context"),
+        module="spmd_train.cli.inspect_context",
+        summary="how a split sequence shares out attention's work",
+        about="Prints which blocks of a sequence each device of mesh.context has, how many "
+        "query-key pairs are its work, how uneven that is, and the bytes that attention sends. "
+        "Compiles nothing.",
+        example="spmd-train inspect context --simulate_devices=8 --config.mesh.context=8",
+        flags=_INSPECT,
+    ),
+    Verb(
         words=("convert", "import"),
         module="spmd_train.cli.convert_import",
         summary="a Hugging Face checkpoint into a run's folder",

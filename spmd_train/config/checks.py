@@ -27,7 +27,7 @@ class Conflict(NamedTuple):
     message: str
 
 
-_UNAVAILABLE_AXES = ("replica", "pipeline", "expert", "context")
+_UNAVAILABLE_AXES = ("replica", "pipeline", "expert")
 
 
 def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
@@ -54,7 +54,7 @@ def _mesh_conflicts(mesh: schema.MeshConfig) -> Iterator[Conflict]:
             yield Conflict(
                 {path: size},
                 "this axis is not yet possible in this version and must be 1; "
-                "use mesh.data, mesh.fsdp and mesh.tensor",
+                "use mesh.data, mesh.fsdp, mesh.context and mesh.tensor",
             )
 
 

@@ -107,6 +107,24 @@ class ShardingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """How sequences are split over mesh.context, where that is not 1."""
+
+    method: str = key(
+        "ring",
+        "how queries meet keys of other devices: keys go round (ring), are gathered, or tokens are "
+        "exchanged for heads (ulysses: heads must divide)",
+        choices=("ring", "all_gather", "ulysses"),
+    )
+    placement: str = key(
+        "zigzag",
+        "which tokens a device has: two blocks, one from either end, so that causal attention is "
+        "the same work on each (zigzag); or one block (contiguous)",
+        choices=("zigzag", "contiguous"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding (Su et al., arXiv:2104.09864)."""
 
@@ -143,6 +161,9 @@ class ModelConfig:
     dropout: float = key(0.0, "on embeddings and block outputs", at_least=0, at_most=0.99)
     logit_softcap: float = key(0.0, "cap * tanh(logits / cap); 0: off", at_least=0)
     attention_softcap: float = key(0.0, "the same on attention scores; 0: off", at_least=0)
+    sliding_window: int = key(
+        0, "a token sees only so many tokens, itself and those before it; 0: all", at_least=0
+    )
     remat: str = key(
         "none",
         "what the backward pass recomputes: none, everything in a block (full), all but matmul "
@@ -347,6 +368,7 @@ class ExperimentConfig:
     task: str = key("language_model", "what is learnt", choices=("language_model",))
     mesh: MeshConfig = section(MeshConfig)
     sharding: ShardingConfig = section(ShardingConfig)
+    context: ContextConfig = section(ContextConfig)
     model: ModelConfig = section(ModelConfig)
     loss: LossConfig = section(LossConfig)
     data: DataConfig = section(DataConfig)

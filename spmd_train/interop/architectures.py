@@ -154,7 +154,7 @@ def _gpt2_tensors() -> tuple[Tensor, ...]:
     )
 
 
-_NO_SOFTCAP = {"logit_softcap": 0.0, "attention_softcap": 0.0}
+_NO_SOFTCAP = {"logit_softcap": 0.0, "attention_softcap": 0.0, "sliding_window": 0}
 _DECODER_FIXED = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", **_NO_SOFTCAP}
 
 

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.nn.params import Initializer, param, zeros
 from spmd_train.parallel.rules import LogicalAxes, current_platform
+from spmd_train.parallel.sequence import split_axes
 
 SAVED_NAME = "projection"
 """The name under which a remat policy can keep a projection's output."""
@@ -29,7 +30,8 @@ def project(x: jax.Array, kernel: jax.Array, *, num_contracted: int = 1) -> jax.
     Returns:
         [..., *out], in the dtype of `x`.
     """
-    if current_platform() == "cpu":
+    # Tokens of split sequences cannot be one dim without gathering them.
+    if current_platform() == "cpu" and not split_axes():
         y = _project_cpu(x, kernel, num_contracted)
     else:
         y = _dot(x, kernel, num_contracted)

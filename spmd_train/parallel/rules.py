@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd_train.config import MESH_AXES, ConfigError, ShardingConfig
+from spmd_train.config import MESH_AXES, ConfigError, ContextConfig, ShardingConfig
 
 DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     # Activations.
@@ -101,11 +101,15 @@ def axes_of(spec: P) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What modules' logical axes mean now: a mesh, a rule table, and the planned specs."""
+    """What modules' logical axes mean now: a mesh, a rule table, the planned specs.
+
+    Sequences split over mesh axes are attended to and placed as `context` says.
+    """
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
     param_specs: Mapping[str, P] = dataclasses.field(default_factory=dict)
+    context: ContextConfig = dataclasses.field(default_factory=ContextConfig)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of a logical axis that are larger than 1 on this mesh."""

@@ -16,10 +16,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd_train.config import ConfigError, OptimizerConfig, ShardingConfig, TrainConfig
+from spmd_train.config import (
+    ConfigError,
+    ContextConfig,
+    OptimizerConfig,
+    ShardingConfig,
+    TrainConfig,
+)
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
 from spmd_train.parallel.rules import Layout, make_rules, use_layout
+from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, Task
 from spmd_train.train.accumulate import sum_gradients
 from spmd_train.train.state import FunctionalModel, Params, TrainState
@@ -73,6 +80,7 @@ def make_program(
     sharding: ShardingConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
+    context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
 ) -> Program:
     """Builds the program of a task on a mesh; compiles nothing yet.
 
@@ -82,6 +90,7 @@ def make_program(
         sharding: rules and overrides.
         optimizer: which, with its schedule.
         train: batch size, accumulation, seed and number of steps.
+        context: how sequences are split, where the mesh splits them.
 
     Returns:
         The program.
@@ -98,8 +107,13 @@ def make_program(
         overrides=sharding.overrides,
         mesh=mesh,
     )
-    layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
+    layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()}, context)
+    batch_axes = task.batch_axes()
+    shapes = task.batch_shapes(train.global_batch_size)
     _check_batch(train, layout)
+    for name, axes in batch_axes.items():
+        if "sequence" in axes:
+            check_sequence(shapes[name].shape[axes.index("sequence")], layout)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
     transform = make_optimizer(
@@ -121,8 +135,12 @@ def make_program(
     def init(seed: int | jax.Array) -> TrainState:
         return init_from(model.init(jax.random.key(seed)))
 
+    def placed(batch: Batch) -> Batch:
+        return {name: place(x, batch_axes[name]) for name, x in batch.items()}
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_layout(layout):
+            batch = placed(batch)
             key = jax.random.fold_in(jax.random.key(train.seed), state.step)
 
             def loss(params: Params, microbatch: Batch) -> LossOutput:
@@ -145,13 +163,11 @@ def make_program(
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
-            return _metrics(task.loss(model.merge(params), batch, key=None))
+            return _metrics(task.loss(model.merge(params), placed(batch), key=None))
 
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
     shardings = shardings_of(abstract, plans, mesh=mesh)
-    batch_axes = task.batch_axes()
-    shapes = task.batch_shapes(train.global_batch_size)
     abstract_batch = {
         name: jax.ShapeDtypeStruct(
             s.shape,
