@@ -27,7 +27,7 @@ from spmd_train.parallel.rules import (
 Tree = Any
 
 
-def _by_hand(
+def by_hand_over(
     f: Callable[..., Any], layout: Layout, axes: Sequence[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """`f` on each device's shards over `axes`; the other axes stay with XLA."""
@@ -38,7 +38,9 @@ def _by_hand(
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
 
 
-def _zeros(shape: Sequence[int], dtype: Any, *, varying_like: Sequence[jax.Array]) -> jax.Array:
+def varying_zeros(
+    shape: Sequence[int], dtype: Any, *, varying_like: Sequence[jax.Array]
+) -> jax.Array:
     """Zeros to accumulate in: they vary over the manual axes that what is added varies over."""
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in varying_like))
     zeros = jnp.zeros(shape, dtype)
@@ -88,13 +90,13 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
         ids, here = own(ids, table.shape[0])
         # Rows of other devices are dropped: they are out of bounds.
         ids = jnp.where(here, ids, table.shape[0])
-        zeros = _zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
+        zeros = varying_zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
         total = zeros.at[ids].add(g.astype(jnp.float32), mode="drop")
         return jax.lax.psum(total.astype(table.dtype), token_axes) if token_axes else total
 
     @jax.custom_vjp
     def take(table: jax.Array, ids: jax.Array) -> jax.Array:
-        return _by_hand(look_up, layout, axes, (table_spec, ids_spec), ids_spec)(table, ids)
+        return by_hand_over(look_up, layout, axes, (table_spec, ids_spec), ids_spec)(table, ids)
 
     def forward(table: jax.Array, ids: jax.Array):
         return take(table, ids), (table, ids)
@@ -102,7 +104,7 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
     def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
         table, ids = saved
         specs = (ids_spec, ids_spec, table_spec)
-        grad = _by_hand(add_up, layout, axes, specs, table_spec)(ids, g, table)
+        grad = by_hand_over(add_up, layout, axes, specs, table_spec)(ids, g, table)
         return grad.astype(table.dtype), np.zeros(ids.shape, jax.dtypes.float0)
 
     take.defvjp(forward, backward)
@@ -140,7 +142,7 @@ def sum_over_tokens(
     axes = tuple(a for a in MESH_AXES if a in axes_of(spec))
 
     def by_hand(g: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return g if layout is None else _by_hand(g, layout, axes, in_specs, out_specs)
+        return g if layout is None else by_hand_over(g, layout, axes, in_specs, out_specs)
 
     def total(x: Tree) -> Tree:
         return jax.lax.psum(x, axes) if axes else x
@@ -162,7 +164,7 @@ def sum_over_tokens(
             return jax.tree.map(jnp.add, sums, f(part[0], kernel, *part[1:])), None
 
         zeros = jax.tree.map(
-            lambda s: _zeros(s.shape, s.dtype, varying_like=(hidden, kernel)), shapes
+            lambda s: varying_zeros(s.shape, s.dtype, varying_like=(hidden, kernel)), shapes
         )
         return total(jax.lax.scan(add, zeros, parts)[0])
 
@@ -175,7 +177,7 @@ def sum_over_tokens(
             hidden_grad, more = pull(g)
             return kernel_grad + more.astype(jnp.float32), hidden_grad
 
-        zeros = _zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
+        zeros = varying_zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
         kernel_grad, hidden_grads = jax.lax.scan(add, zeros, parts)
         hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)
         return hidden_grad, total(kernel_grad.astype(kernel.dtype))
@@ -191,13 +193,13 @@ def sum_over_tokens(
     def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
         specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
         grads = by_hand(gradients_of, specs, (spec, P()))(g, *saved)
-        return *grads, *(_no_gradient(x) for x in saved[2:])
+        return *grads, *(no_gradient(x) for x in saved[2:])
 
     summed.defvjp(forward, backward)
     return summed(hidden_BTD, kernel, *labels_BT)
 
 
-def _no_gradient(x: jax.Array) -> Any:
+def no_gradient(x: jax.Array) -> Any:
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)
