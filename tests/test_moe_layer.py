@@ -120,9 +120,7 @@ def test_moe_capacity_never_drops_a_token_for_a_later_one():
 
 
 def test_moe_bias_evens_out_a_skewed_router():
-    moe = dataclasses.replace(
-        DEFAULT, scores="sigmoid", balance="bias", bias_update_speed=0.004
-    )
+    moe = dataclasses.replace(DEFAULT, scores="sigmoid", balance="bias", bias_update_speed=0.004)
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 0.5, (16, 64, 8)) + np.linspace(2, -2, 8)
     is_token = jnp.ones((16, 64), bool)

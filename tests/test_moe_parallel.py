@@ -17,9 +17,7 @@ from spmd_train.inspect.collectives import count_collectives
 # parameters (of size 0.2) 2e-6.
 LOSS_TOLERANCE, PARAMETER_TOLERANCE = 3e-6, 1e-5
 STEPS = 2
-LOSS = MoEConfig(
-    num_experts=8, expert_mlp_dim=16, load_balancing_loss=0.05, router_z_loss=0.01
-)
+LOSS = MoEConfig(num_experts=8, expert_mlp_dim=16, load_balancing_loss=0.05, router_z_loss=0.01)
 BIAS = MoEConfig(
     num_experts=8,
     top_k=3,

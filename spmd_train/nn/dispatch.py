@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from spmd_train.config import MESH_AXES, MoEConfig
 from spmd_train.nn.projection import grouped_project
 from spmd_train.nn.routing import Routing, expert_capacity
-from spmd_train.parallel.manual import by_hand_over, no_gradient
+from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
 from spmd_train.parallel.rules import current_layout, dims_of, manual_axes, to_spec
 
 Kernels = Mapping[str, jax.Array]
@@ -326,20 +326,25 @@ def run_experts(
     kernel_specs = {name: up for name in kernels} | {"down": to_spec([expert_axes, mlp_axes, ()])}
     in_specs = (spec, spec, kernel_specs, spec)
     each = P(axes)
+    # No axis stays with XLA: a kernel of a platform's own cannot be partitioned, and XLA's CPU
+    # compiler cannot sum bfloat16 beside axes that are its own.
+    by_hand = functools.partial(
+        by_hand_over, layout=layout, axes=[a for a in MESH_AXES if a not in manual_axes()]
+    )
 
     @jax.custom_vjp
     def run(x: jax.Array, weights: jax.Array, kernels: Kernels, experts: jax.Array) -> jax.Array:
         return forward(x, weights, kernels, experts)[0]
 
     def forward(*args: Any):
-        y, pull = by_hand_over(outputs, layout, axes, in_specs, (spec, each))(*args)
+        run = by_hand(outputs, in_specs=in_specs, out_specs=(spec, each))
+        y, pull = opaque(run)(*args)
         return y, (pull, args)
 
     def backward(saved: Any, g: jax.Array):
         pull, args = saved
-        specs = (each, spec, *in_specs)
-        grads = by_hand_over(gradients, layout, axes, specs, in_specs[:3])(pull, g, *args)
-        return *grads, no_gradient(args[3])
+        run = by_hand(gradients, in_specs=(each, spec, *in_specs), out_specs=in_specs[:3])
+        return *opaque(run)(pull, g, *args), no_gradient(args[3])
 
     run.defvjp(forward, backward)
     return run(x_BTD, routing.weights, dict(kernels), routing.experts)

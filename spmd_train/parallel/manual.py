@@ -38,6 +38,17 @@ def by_hand_over(
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
 
 
+def opaque(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` as one step that automatic differentiation takes or leaves whole.
+
+    For the parts of a custom derivative rule. A scan over layers, and `jax.checkpoint`, otherwise
+    look into them and keep what is known early: attention's masks of all tiles at once; and cutting
+    a nested `shard_map` in two they make one that does not lower. (`custom_vmap` is what JAX has
+    that is opaque; nothing here is batched.)
+    """
+    return jax.custom_batching.sequential_vmap(f)
+
+
 def varying_zeros(
     shape: Sequence[int], dtype: Any, *, varying_like: Sequence[jax.Array]
 ) -> jax.Array:
@@ -200,6 +211,7 @@ def sum_over_tokens(
 
 
 def no_gradient(x: jax.Array) -> Any:
+    """The gradient of what is not differentiated."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)
