@@ -113,7 +113,7 @@ def test_moe_capacity_matches_dropless_where_nothing_is_dropped():
 
 
 def test_moe_capacity_never_drops_a_token_for_a_later_one():
-    apply, params, x, is_token, _ = make(MODEL, TIGHT)
+    apply, params, x, _, _ = make(MODEL, TIGHT)
     whole = apply(params, x)[0]
     changed = np.where(np.arange(LENGTH)[:, None] < 9, x, -x)
     np.testing.assert_array_equal(apply(params, changed)[0][:, :9], whole[:, :9])
