@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from spmd_train.config import MESH_AXES, MoEConfig
 from spmd_train.nn.projection import grouped_project
 from spmd_train.nn.routing import Routing, expert_capacity
-from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
+from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque, psum
 from spmd_train.parallel.rules import current_layout, dims_of, manual_axes, to_spec
 
 Kernels = Mapping[str, jax.Array]
@@ -285,7 +285,7 @@ def run_experts(
         return jax.tree.map(one, tree)
 
     def total(tree: Any, over: tuple[str, ...]) -> Any:
-        return jax.lax.psum(tree, over) if over else tree
+        return psum(tree, over) if over else tree
 
     def more_rounds(order: _Sorted, start: Any, add: Any) -> Any:
         """`add(index, sums)` for every round after the first."""
@@ -326,8 +326,7 @@ def run_experts(
     kernel_specs = {name: up for name in kernels} | {"down": to_spec([expert_axes, mlp_axes, ()])}
     in_specs = (spec, spec, kernel_specs, spec)
     each = P(axes)
-    # No axis stays with XLA: a kernel of a platform's own cannot be partitioned, and XLA's CPU
-    # compiler cannot sum bfloat16 beside axes that are its own.
+    # No axis stays with XLA: a kernel of a platform's own cannot be partitioned.
     by_hand = functools.partial(
         by_hand_over, layout=layout, axes=[a for a in MESH_AXES if a not in manual_axes()]
     )

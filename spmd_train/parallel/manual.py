@@ -20,6 +20,7 @@ from spmd_train.parallel.rules import (
     LogicalAxes,
     axes_of,
     current_layout,
+    current_platform,
     manual_axes,
     to_spec,
 )
@@ -47,6 +48,20 @@ def opaque(f: Callable[..., Any]) -> Callable[..., Any]:
     that is opaque; nothing here is batched.)
     """
     return jax.custom_batching.sequential_vmap(f)
+
+
+def psum(tree: Tree, axes: Sequence[str]) -> Tree:
+    """`jax.lax.psum`, on CPU in float32 at least.
+
+    XLA's CPU compiler aborts over a bfloat16 sum in a `shard_map` that leaves axes to XLA.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        if current_platform() == "cpu" and x.dtype == jnp.bfloat16:
+            return jax.lax.psum(x.astype(jnp.float32), tuple(axes)).astype(x.dtype)
+        return jax.lax.psum(x, tuple(axes))
+
+    return jax.tree.map(one, tree)
 
 
 def varying_zeros(
@@ -95,7 +110,7 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
             return jnp.take(table, ids, axis=0)
         ids, here = own(ids, table.shape[0])
         found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
-        return jax.lax.psum(jnp.where(here[..., None], found, 0), row_axes)
+        return psum(jnp.where(here[..., None], found, 0), row_axes)
 
     def add_up(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
         ids, here = own(ids, table.shape[0])
@@ -103,7 +118,7 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
         ids = jnp.where(here, ids, table.shape[0])
         zeros = varying_zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
         total = zeros.at[ids].add(g.astype(jnp.float32), mode="drop")
-        return jax.lax.psum(total.astype(table.dtype), token_axes) if token_axes else total
+        return psum(total.astype(table.dtype), token_axes) if token_axes else total
 
     @jax.custom_vjp
     def take(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -156,7 +171,7 @@ def sum_over_tokens(
         return g if layout is None else by_hand_over(g, layout, axes, in_specs, out_specs)
 
     def total(x: Tree) -> Tree:
-        return jax.lax.psum(x, axes) if axes else x
+        return psum(x, axes) if axes else x
 
     def varying(x: Tree) -> Tree:
         return jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), x) if axes else x
