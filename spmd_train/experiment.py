@@ -34,7 +34,7 @@ from spmd_train.train.evaluate import evaluate, means, with_bits_per_byte
 from spmd_train.train.generate import Sampling, generate
 from spmd_train.train.loop import LoopEvents, run_loop
 from spmd_train.train.program import Metrics, Program, make_program
-from spmd_train.train.state import Params, TrainState
+from spmd_train.train.state import Params, TrainState, join
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,9 @@ class _Run:
         self._clock = clock
         config, mesh = experiment.config, experiment.program.mesh
         length = config.data.sequence_length
-        self._flops_per_token = model_flops_per_token(config.model, sequence_length=length)
+        self._flops_per_token = model_flops_per_token(
+            config.model, config.moe, sequence_length=length
+        )
         self._peak_flops = device_peak_flops(
             config.observe,
             device_kind=mesh.devices.flat[0].device_kind,
@@ -298,7 +300,7 @@ def load_params(
         step: which checkpoint; None: the newest.
 
     Returns:
-        The experiment, the parameters (their moving average where there is one), the step.
+        The experiment, what to evaluate with (`TrainState.eval_params`), the step.
 
     Raises:
         ConfigError: there is no such checkpoint, or the model is another.
@@ -318,8 +320,11 @@ def load_params(
         step = steps[-1] if step is None else step
         state = experiment.program.abstract_state
         name = "params" if state.ema is None else "ema"
-        wanted = {name: state.eval_params}
-        return experiment, checkpoints.restore(step, wanted, partial=True)[name], step
+        wanted = {name: state.params if state.ema is None else state.ema}
+        if state.model_state:
+            wanted["model_state"] = state.model_state
+        restored = checkpoints.restore(step, wanted, partial=True)
+        return experiment, join(restored[name], restored.get("model_state", {})), step
 
 
 def import_params(

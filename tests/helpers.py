@@ -18,6 +18,7 @@ from spmd_train.config import (
     LossConfig,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     ScheduleConfig,
     ShardingConfig,
@@ -57,6 +58,7 @@ def program_of(
     mesh: Mapping[str, int],
     *,
     model: ModelConfig = MODEL,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
     loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
     optimizer: OptimizerConfig = OPTIMIZER,
     sharding: ShardingConfig = ShardingConfig(),  # noqa: B008
@@ -69,7 +71,7 @@ def program_of(
     config = MeshConfig(**{"data": 1, **mesh})
     num_devices = int(np.prod([getattr(config, axis) for axis in mesh] or [1]))
     return make_program(
-        LanguageModel(model_config=model, loss_config=loss, sequence_length=length),
+        LanguageModel(model_config=model, moe_config=moe, loss_config=loss, sequence_length=length),
         mesh=make_mesh(config, devices=jax.devices()[:num_devices]),
         sharding=sharding,
         optimizer=optimizer,

@@ -187,6 +187,58 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts: the MLP of every block becomes many, of which a token takes a few."""
+
+    num_experts: int = key(0, "experts of a block; 0: a dense model", at_least=0)
+    top_k: int = key(2, "experts that a token takes", at_least=1)
+    expert_mlp_dim: int = key(0, "hidden width of an expert; 0: model.mlp_dim", at_least=0)
+    num_shared_experts: int = key(0, "experts that every token takes besides", at_least=0)
+    shared_mlp_dim: int = key(0, "width of a shared expert; 0: that of the others", at_least=0)
+    scores: str = key("softmax", "what the router's logits become", choices=("softmax", "sigmoid"))
+    renormalize: bool = key(True, "a token's chosen scores are divided by their sum")
+    routed_scale: float = key(1.0, "then multiplied by this (DeepSeek-V3: 2.5)", above=0)
+    balance: str = key(
+        "loss",
+        "what evens out the load: a loss of each sequence (loss), a bias on the scores that only "
+        "the choice sees (bias), or nothing (none)",
+        choices=("none", "loss", "bias"),
+    )
+    load_balancing_loss: float = key(
+        0.01, "balance = loss: its weight (Switch, arXiv:2101.03961)", at_least=0
+    )
+    bias_update_speed: float = key(
+        0.001, "balance = bias: its change per step (DeepSeek-V3, arXiv:2408.15664)", above=0
+    )
+    router_z_loss: float = key(
+        0.0, "weight of log(Z)^2 of the router (ST-MoE, arXiv:2202.08906)", at_least=0
+    )
+    dispatch: str = key(
+        "dropless",
+        "every token is served (dropless), or an expert takes so many tokens of a sequence, the "
+        "first ones (capacity)",
+        choices=("dropless", "capacity"),
+    )
+    capacity_factor: float = key(
+        1.25, "capacity: tokens an expert takes of a sequence / its even share", above=0
+    )
+    exchange_factor: float = key(
+        1.5,
+        "dropless over mesh.expert: tokens that a device sends each other in one exchange / their "
+        "even share; if a load needs more, there are more exchanges",
+        above=0,
+    )
+
+    def expert_width(self, model: ModelConfig) -> int:
+        """Hidden width of an expert."""
+        return self.expert_mlp_dim or model.mlp_dim
+
+    def shared_width(self, model: ModelConfig) -> int:
+        """Hidden width of all shared experts together: side by side they are one MLP."""
+        return self.num_shared_experts * (self.shared_mlp_dim or self.expert_width(model))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The language-model loss."""
 
@@ -370,6 +422,7 @@ class ExperimentConfig:
     sharding: ShardingConfig = section(ShardingConfig)
     context: ContextConfig = section(ContextConfig)
     model: ModelConfig = section(ModelConfig)
+    moe: MoEConfig = section(MoEConfig)
     loss: LossConfig = section(LossConfig)
     data: DataConfig = section(DataConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)

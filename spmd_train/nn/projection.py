@@ -67,6 +67,20 @@ def _project_cpu_bwd(n: int, saved: tuple[jax.Array, jax.Array], g: jax.Array):
 _project_cpu.defvjp(_project_cpu_fwd, _project_cpu_bwd)
 
 
+def grouped_project(x_RD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Each group of rows times the kernel of its expert; called with one device's rows at a time.
+
+    Args:
+        x_RD: rows, those of the first expert first, then those of the second, ...
+        kernel_EDF: same dtype; accumulates in float32 on every platform.
+        sizes_E: int32, how many rows each expert has. Rows beyond their sum are no one's.
+
+    Returns:
+        [R, F], in the dtype of `x_RD`; what is in no one's rows is not defined.
+    """
+    return checkpoint_name(jax.lax.ragged_dot(x_RD, kernel_EDF, sizes_E), SAVED_NAME)
+
+
 class Projection(nnx.Module):
     """A linear map from some dims to some others, with an optional bias."""
 

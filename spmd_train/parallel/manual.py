@@ -20,6 +20,7 @@ from spmd_train.parallel.rules import (
     LogicalAxes,
     axes_of,
     current_layout,
+    current_platform,
     dims_of,
     manual_axes,
     to_spec,
@@ -48,6 +49,20 @@ def opaque(f: Callable[..., Any]) -> Callable[..., Any]:
     that is opaque; nothing here is batched.)
     """
     return jax.custom_batching.sequential_vmap(f)
+
+
+def psum(tree: Tree, axes: Sequence[str]) -> Tree:
+    """`jax.lax.psum`, on CPU in float32 at least.
+
+    XLA's CPU compiler aborts over a bfloat16 sum in a `shard_map` that leaves axes to XLA.
+    """
+
+    return jax.tree.map(lambda x: jax.lax.psum(_summable(x), tuple(axes)).astype(x.dtype), tree)
+
+
+def _summable(x: jax.Array) -> jax.Array:
+    cpu_bfloat16 = current_platform() == "cpu" and x.dtype == jnp.bfloat16
+    return x.astype(jnp.float32) if cpu_bfloat16 else x
 
 
 def varying_zeros(
@@ -80,11 +95,11 @@ def _add_up(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.
     copies = tuple(a for a in axes if a not in axes_of(spec))
 
     def add(x: jax.Array) -> jax.Array:
-        x = x[0]
+        x = _summable(x[0])
         for dim, over in enumerate(scattered):
             if over:
                 x = jax.lax.psum_scatter(x, over, scatter_dimension=dim, tiled=True)
-        return jax.lax.psum(x, copies) if copies else x
+        return (psum(x, copies) if copies else x).astype(partial.dtype)
 
     # By hand over the axes that stay, too: XLA would gather them for a reduce-scatter.
     by_hand = {*axes, *axes_of(spec)}
@@ -131,7 +146,7 @@ def take_rows(
             return jnp.take(table, ids, axis=0)
         ids, here = own(ids, table.shape[0])
         found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
-        return jax.lax.psum(jnp.where(here[..., None], found, 0), row_axes)
+        return psum(jnp.where(here[..., None], found, 0), row_axes)
 
     def own_gradient(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
         ids, here = own(ids, table.shape[0])
@@ -195,7 +210,7 @@ def sum_over_tokens(
         return g if layout is None else by_hand_over(g, layout, axes, in_specs, out_specs)
 
     def total(x: Tree) -> Tree:
-        return jax.lax.psum(x, axes) if axes else x
+        return psum(x, axes) if axes else x
 
     def varying(x: Tree) -> Tree:
         return jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), x) if axes else x
