@@ -32,6 +32,7 @@ from spmd_train.tasks import Batch, Task, make_task
 from spmd_train.train.evaluate import evaluate, means, with_bits_per_byte
 from spmd_train.train.generate import Sampling, generate
 from spmd_train.train.loop import LoopEvents, run_loop
+from spmd_train.train.preemption import PreemptedError, StopNotice
 from spmd_train.train.program import Metrics, Program, make_program
 from spmd_train.train.state import Params, TrainState
 
@@ -127,6 +128,8 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
 
     Raises:
         ConfigError: the config is impossible, or does not fit the workdir's checkpoint.
+        PreemptedError: told to stop by SIGTERM or Ctrl-C, and saved.
+        OSError: checkpoints cannot be written.
     """
     experiment = build(config)
     data = open_data(config, split="train")
@@ -147,8 +150,9 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
             else Writers(()) as writers,
             Progress(config.train.num_steps, start, quiet=not leader) as progress,
             experiment.train_batches(data, start_step=start) as batches,
+            StopNotice() as notice,
         ):
-            run = _Run(experiment, data, eval_data, checkpoints, writers, progress)
+            run = _Run(experiment, data, eval_data, checkpoints, writers, progress, notice)
             state = run_loop(
                 experiment.program,
                 state,
@@ -158,12 +162,12 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
                 clock=run.clock,
                 events=LoopEvents(run.stepped, run.pause_due, run.paused),
             )
+            checkpoints.wait()
         if config.sample.prompt and leader and jax.process_count() == 1:
             text = sample_text(
                 experiment, state.eval_params, [config.sample.prompt], data.tokenizer
             )[0]
             log.info("a sample:\n%s%s", config.sample.prompt, text)
-        checkpoints.wait()
         log.info(
             "written to %s: config.json, metrics.jsonl, %scheckpoints/%s",
             workdir,
@@ -175,12 +179,12 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
 def _start(experiment: Experiment, checkpoints: Checkpointer) -> tuple[TrainState, int]:
     """The state to go on from and its step: the newest checkpoint's, or a fresh one."""
     program = experiment.program
-    steps = checkpoints.steps()
-    if not steps:
+    step = checkpoints.newest_good()
+    if step is None:
         return program.init(experiment.config.train.seed), 0
-    state = checkpoints.restore(steps[-1], program.abstract_state)
-    log.info("goes on from step %d in %s", steps[-1], checkpoints.directory)
-    return state, steps[-1]
+    state = checkpoints.restore(step, program.abstract_state)
+    log.info("goes on from step %d in %s", step, checkpoints.directory)
+    return state, step
 
 
 def _announce(experiment: Experiment, data: Dataset, start: int) -> None:
@@ -212,8 +216,11 @@ class _Run:
         checkpoints: Checkpointer,
         writers: Writers,
         progress: Progress,
+        notice: StopNotice,
     ) -> None:
         self._experiment = experiment
+        self._notice = notice
+        self._stopping = False
         self._data = data
         self._eval_data = eval_data
         self._checkpoints = checkpoints
@@ -249,12 +256,15 @@ class _Run:
         self._log(step, "train", values)
 
     def pause_due(self, step: int) -> bool:
-        """Whether an evaluation or a checkpoint is due."""
-        return self._due(step, "eval_every") or self._due(step, "checkpoint_every")
+        """Whether an evaluation or a checkpoint is due, or the run is told to stop."""
+        agreed = self._notice.agreed(step)
+        self._stopping = agreed and step < self._experiment.config.train.num_steps
+        due = self._due(step, "eval_every") or self._due(step, "checkpoint_every")
+        return self._stopping or due
 
     def paused(self, step: int, state: TrainState) -> None:
         """Saves, then evaluates while the files are being written."""
-        if self._due(step, "checkpoint_every"):
+        if self._stopping or self._due(step, "checkpoint_every"):
             config = self._experiment.config
             meta = {
                 "config": to_dict(config),
@@ -262,6 +272,9 @@ class _Run:
                 "mesh": {a: n for a, n in self._experiment.program.mesh.shape.items() if n > 1},
             }
             self._checkpoints.save(step, state, meta)
+        if self._stopping:
+            self._checkpoints.wait()
+            raise PreemptedError(step, interrupted=self._notice.interrupted)
         if self._eval_data is not None and self._due(step, "eval_every"):
             values = self._experiment.evaluate(state.eval_params, self._eval_data)
             self._log(step, "eval", dict(values))
@@ -302,12 +315,15 @@ def load_params(
         Checkpointer(workdir, config.checkpoint, read_only=True)
     ) as checkpoints:
         steps = checkpoints.steps()
-        if not steps or (step is not None and step not in steps):
+        if step is None:
+            step = checkpoints.newest_good()
+        elif step in steps and (told := checkpoints.faults(step)):
+            raise ConfigError(f"--step={step}: this checkpoint is bad: {'; '.join(told[:5])}")
+        if step not in steps:
             raise ConfigError(
                 f"--step={step if step is not None else 'newest'}: {workdir} has checkpoints of "
                 f"steps {steps or 'none'}"
             )
-        step = steps[-1] if step is None else step
         state = experiment.program.abstract_state
         name = "params" if state.ema is None else "ema"
         wanted = {name: state.eval_params}
@@ -334,6 +350,7 @@ def import_params(
     state = experiment.program.init_from(params)
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         checkpoints.save(0, state, {"config": to_dict(config)})
+        checkpoints.wait()
     _write_text(Path(workdir) / "config.json", to_json(config))
 
 

@@ -24,6 +24,7 @@ _PROG = "spmd-train"
 _GROUPS = {
     "inspect": "show what XLA will do, without training",
     "convert": "Hugging Face checkpoints in and out",
+    "checkpoints": "what is there, and whether it is whole",
 }
 _OVERRIDES = """\
 any key of the config:
@@ -33,7 +34,8 @@ _EXIT_CODES = """\
 exit codes:
   0    done
   2    a mistake in the command line, the config or the data: one message, nothing written
-  130  interrupted
+  75   told to stop (SIGTERM) and saved: the same command line goes on
+  130  interrupted; once: saved as above, twice: at once
   else a fault of the program, with a traceback
 
 Answers go to standard output, logs to standard error.
@@ -76,17 +78,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Reads flags and config; `args.config` is the parsed config, `args.verb` the verb."""
-    overrides, words = split_overrides(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    overrides, words = split_overrides(argv[:end])
     args, unknown = _make_parser().parse_known_args(words)
     verb: Verb = args.verb
     prog = " ".join((_PROG, *verb.words))
     if unknown:
         flags = [flag.name for flag in verb.flags]
         raise ConfigError(unknown_argument(unknown[0], flags=flags, prog=prog))
+    args.command = list(argv[end + 1 :])
+    if bool(args.command) != verb.takes_command:
+        needed = (
+            "must be followed by -- and the verb to run" if verb.takes_command else "takes no --"
+        )
+        raise ConfigError(f"{prog} {needed}; see {prog} --help")
     # Here, not by argparse, which would not look at misspelt flags when one is missing.
     missing = [f"--{f.name}" for f in verb.flags if f.required and getattr(args, f.name) is None]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
+    if not verb.takes_config:
+        if overrides:
+            raise ConfigError(f"--config.{overrides[0][0]}: {prog} reads no config")
+        return args
     for flag in verb.flags:
         if flag.config_key and (text := vars(args).pop(flag.name)) is not None:
             overrides.append((flag.config_key, text))
@@ -149,7 +162,7 @@ def _make_parser() -> argparse.ArgumentParser:
                 help=verb.summary,
                 usage=_usage(verb),
                 description=textwrap.fill(verb.about, 90),
-                epilog=f"{_OVERRIDES}\nexample:\n  {verb.example}\n\n{_EXIT_CODES}",
+                epilog=f"{_OVERRIDES if verb.takes_config else ''}\nexample:\n  {verb.example}\n\n{_EXIT_CODES}",
                 formatter_class=argparse.RawDescriptionHelpFormatter,
                 allow_abbrev=False,
             ),
@@ -161,7 +174,8 @@ def _make_parser() -> argparse.ArgumentParser:
 def _usage(verb: Verb) -> str:
     needed = [_usage_of(flag) for flag in verb.flags if flag.required]
     free = [f"[{_usage_of(flag)}]" for flag in verb.flags if not flag.required]
-    words = [_PROG, *verb.words, *needed, *free, "[--config.a.b=VALUE ...]"]
+    words = [_PROG, *verb.words, *needed, *free]
+    words += ["[--config.a.b=VALUE ...]"] * verb.takes_config + ["-- VERB ..."] * verb.takes_command
     return textwrap.fill(" ".join(words), 90, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 

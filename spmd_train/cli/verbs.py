@@ -46,6 +46,7 @@ class Verb:
       example: a command.
       flags: what it takes, besides `--config.a.b=VALUE`.
       uses_devices: whether JAX is started for it.
+      takes_command: whether another verb's words follow after `--`; they are in `args.command`.
     """
 
     words: tuple[str, ...]
@@ -55,6 +56,12 @@ class Verb:
     example: str
     flags: tuple[Flag, ...]
     uses_devices: bool = True
+    takes_command: bool = False
+
+    @property
+    def takes_config(self) -> bool:
+        """Whether a config is read for it."""
+        return any(flag.name == "config" for flag in self.flags)
 
 
 def _at_least(smallest: int) -> Callable[[str], int]:
@@ -246,5 +253,40 @@ VERBS: tuple[Verb, ...] = (
         "from_pretrained.",
         example="spmd-train convert export --workdir=runs/llama3 --hf_dir=exported",
         flags=(RUN_CONFIG, WORKDIR, HF_DIR, STEP, SIMULATE_DEVICES),
+    ),
+    Verb(
+        words=("checkpoints", "list"),
+        module="spmd_train.cli.checkpoints",
+        summary="the checkpoints of a run",
+        about="Prints each checkpoint's step, bytes and time of writing, and what was put aside as "
+        "bad. Reads no data: `checkpoints verify` does.",
+        example="spmd-train checkpoints list --workdir=runs/tiny",
+        flags=(WORKDIR, JSON),
+        uses_devices=False,
+    ),
+    Verb(
+        words=("checkpoints", "verify"),
+        module="spmd_train.cli.checkpoints",
+        summary="whether they are whole",
+        about="Hashes every file of the checkpoints and compares with what was written. Changes "
+        "nothing. Exit code 1 if one is bad.",
+        example="spmd-train checkpoints verify --workdir=runs/tiny --step=300",
+        flags=(
+            WORKDIR,
+            Flag(name="step", metavar="N", type=_at_least(0), help="only this one (default: all)"),
+            JSON,
+        ),
+        uses_devices=False,
+    ),
+    Verb(
+        words=("checkpoints", "prune"),
+        module="spmd_train.cli.checkpoints",
+        summary="delete old and bad ones",
+        about="Deletes what was put aside as bad, and the good checkpoints that "
+        "checkpoint.keep_last and checkpoint.keep_every of the run's config do not keep. Not for a "
+        "run that is going on.",
+        example="spmd-train checkpoints prune --workdir=runs/tiny --config.checkpoint.keep_last=1",
+        flags=(RUN_CONFIG, WORKDIR, JSON),
+        uses_devices=False,
     ),
 )

@@ -282,11 +282,20 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints are kept."""
+    """Which checkpoints are kept, and how far they are trusted."""
 
     keep_last: int = key(2, "newest checkpoints kept", at_least=1)
     keep_every: int = key(0, "besides, keep each step that this divides; 0: none", at_least=0)
     asynchronous: bool = key(True, "write while training goes on")
+    verify: str = key(
+        "full",
+        "before a restore: hash every file; all sizes and a sample of hashes; or only see that the "
+        "save was finished",
+        choices=("full", "sample", "off"),
+    )
+    max_failures: int = key(
+        3, "failed saves in a row (a full disk) that end the run; fewer are warned of", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
