@@ -140,8 +140,6 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
             log.info("%s: finished, %d steps of %d", workdir, start, config.train.num_steps)
             return
         leader = jax.process_index() == 0
-        if leader:
-            _write_text(workdir / "config.json", to_json(config))
         _announce(experiment, data, start)
         run_config = to_dict(config)
         with (
@@ -152,14 +150,24 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
             experiment.train_batches(data, start_step=start) as batches,
             StopNotice() as notice,
         ):
+<<<<<<< HEAD
             run = _Run(experiment, data, eval_data, checkpoints, writers, progress, notice)
+=======
+            if leader:
+                _write_text(workdir / "config.json", to_json(config))
+            clock = StepClock(
+                tokens_per_step=config.train.global_batch_size * config.data.sequence_length,
+                start_step=start,
+            )
+            run = _Run(experiment, data, eval_data, checkpoints, writers, progress, clock)
+>>>>>>> main
             state = run_loop(
                 experiment.program,
                 state,
                 batches,
                 start_step=start,
                 num_steps=config.train.num_steps,
-                clock=run.clock,
+                clock=clock,
                 events=LoopEvents(run.stepped, run.pause_due, run.paused),
             )
             checkpoints.wait()
@@ -216,7 +224,11 @@ class _Run:
         checkpoints: Checkpointer,
         writers: Writers,
         progress: Progress,
+<<<<<<< HEAD
         notice: StopNotice,
+=======
+        clock: StepClock,
+>>>>>>> main
     ) -> None:
         self._experiment = experiment
         self._notice = notice
@@ -226,9 +238,9 @@ class _Run:
         self._checkpoints = checkpoints
         self._writers = writers
         self._progress = progress
+        self._clock = clock
         config, mesh = experiment.config, experiment.program.mesh
         length = config.data.sequence_length
-        self.clock = StepClock(tokens_per_step=config.train.global_batch_size * length)
         self._flops_per_token = model_flops_per_token(config.model, sequence_length=length)
         self._peak_flops = device_peak_flops(
             config.observe,
@@ -244,7 +256,7 @@ class _Run:
             return
         values: dict[str, float | None] = {
             **with_bits_per_byte(means(metrics), bytes_per_token=self._data.bytes_per_token),
-            **self.clock.read(),
+            **self._clock.read(step),
             **device_memory_bytes(jax.local_devices()),
         }
         values["mfu"] = mfu(

@@ -34,7 +34,7 @@ def test_preemption_one_process(whole, name, code):
 
 
 def test_preemption_repeated_during_the_save(whole):
-    folder, expected = whole
+    folder = whole[0]
     workdir, log = folder / "twice", folder / "twice.log"
     process = faults.start(faults.command(workdir, train__num_steps=5000), log=log)
     faults.until(lambda: faults.steps_logged(workdir) >= 6, what="six steps")

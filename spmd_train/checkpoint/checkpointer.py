@@ -1,7 +1,7 @@
 """Saving and restoring: the one file that knows Orbax.
 
-`WORKDIR/checkpoints/STEP/` holds `state` (the train state, as Orbax writes any tree) and `meta` (JSON:
-the config, the data position, what made it). Both can be read without this project.
+`WORKDIR/checkpoints/STEP/` holds `state` (the train state, as Orbax writes any tree) and `meta`
+(JSON: the config, the data position, what made it). Both can be read without this project.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Checkpointer:
         return step_folders.committed_steps(self.directory)
 
     def faults(self, step: int) -> list[str]:
-        """What is wrong with a step, as thoroughly as `checkpoint.verify` says; none: it is good."""
+        """What is wrong with a step, looked at as `checkpoint.verify` says; none: it is good."""
         return step_folders.faults(self.directory, step, how=self._config.verify)
 
     def newest_good(self) -> int | None:
@@ -192,9 +192,8 @@ class Checkpointer:
         return self._orbax.restore(path, args=ocp.args.Composite(state=args))["state"]
 
     def _check_leaves(self, step: int, abstract_state: Any, *, partial: bool) -> None:
-        saved = _leaves(
-            self._orbax.metadata(self.directory / str(step)).item_metadata["state"].tree
-        )
+        metadata: Any = self._orbax.metadata(self.directory / str(step)).item_metadata
+        saved = _leaves(metadata["state"].tree)
         wanted = _leaves(abstract_state)
         told = [f"{path}: the checkpoint has none" for path in wanted if path not in saved]
         if not partial:

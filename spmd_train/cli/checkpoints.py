@@ -50,9 +50,7 @@ def _verify(args: argparse.Namespace, folder: Path) -> int:
     wanted = there if args.step is None else [args.step]
     told = {step: steps.faults(folder, step, how="full") for step in wanted}
     if args.json:
-        rows = [
-            {"step": step, "good": not faults, "faults": faults} for step, faults in told.items()
-        ]
+        rows = [{"step": s, "good": not faults, "faults": faults} for s, faults in told.items()]
         print(json.dumps({"checkpoints": rows}))
     else:
         for step, faults in told.items():

@@ -88,10 +88,10 @@ def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(unknown_argument(unknown[0], flags=flags, prog=prog))
     args.command = list(argv[end + 1 :])
     if bool(args.command) != verb.takes_command:
-        needed = (
-            "must be followed by -- and the verb to run" if verb.takes_command else "takes no --"
+        told = (
+            "needs -- and the verb to run after its flags" if verb.takes_command else "takes no --"
         )
-        raise ConfigError(f"{prog} {needed}; see {prog} --help")
+        raise ConfigError(f"{prog} {told}; see {prog} --help")
     # Here, not by argparse, which would not look at misspelt flags when one is missing.
     missing = [f"--{f.name}" for f in verb.flags if f.required and getattr(args, f.name) is None]
     if missing:
@@ -148,6 +148,7 @@ def _make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     groups = {}
     for verb in VERBS:
+        overrides = _OVERRIDES if verb.takes_config else ""
         *group, word = verb.words
         at = verbs
         if group:
@@ -162,7 +163,7 @@ def _make_parser() -> argparse.ArgumentParser:
                 help=verb.summary,
                 usage=_usage(verb),
                 description=textwrap.fill(verb.about, 90),
-                epilog=f"{_OVERRIDES if verb.takes_config else ''}\nexample:\n  {verb.example}\n\n{_EXIT_CODES}",
+                epilog=f"{overrides}\nexample:\n  {verb.example}\n\n{_EXIT_CODES}",
                 formatter_class=argparse.RawDescriptionHelpFormatter,
                 allow_abbrev=False,
             ),

@@ -255,7 +255,12 @@ class OptimizerConfig:
         "norm|bias|embedding|positions",
         "parameters whose path this regular expression finds are not decayed; empty: decay all",
     )
-    b1: float = key(0.9, "first-moment decay; sgd: momentum", at_least=0, at_most=0.9999999)
+    b1: float = key(
+        0.9,
+        "first-moment decay; sgd, muon: momentum (0.95 is usual for muon)",
+        at_least=0,
+        at_most=0.9999999,
+    )
     b2: float = key(0.95, "second-moment decay", at_least=0, at_most=0.9999999)
     epsilon: float = key(1e-8, "added to the denominator", at_least=0)
     clip_norm: float = key(1.0, "gradients are scaled down to this global norm; 0: off", at_least=0)
