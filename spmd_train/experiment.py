@@ -1,4 +1,4 @@
-"""The composition root: config -> mesh -> task -> program -> loop. The room that sees everything."""
+"""The composition root: config -> mesh -> task -> program -> loop; it sees every room."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
 
     Args:
         config: what to train.
-        workdir: made if it is missing; holds config.json, checkpoints/, metrics.jsonl, tensorboard/.
+        workdir: made if it is missing: config.json, checkpoints/, metrics.jsonl, tensorboard/.
 
     Raises:
         ConfigError: the config is impossible, or does not fit the workdir's checkpoint.
@@ -150,17 +150,13 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
             experiment.train_batches(data, start_step=start) as batches,
             StopNotice() as notice,
         ):
-<<<<<<< HEAD
-            run = _Run(experiment, data, eval_data, checkpoints, writers, progress, notice)
-=======
             if leader:
                 _write_text(workdir / "config.json", to_json(config))
             clock = StepClock(
                 tokens_per_step=config.train.global_batch_size * config.data.sequence_length,
                 start_step=start,
             )
-            run = _Run(experiment, data, eval_data, checkpoints, writers, progress, clock)
->>>>>>> main
+            run = _Run(experiment, data, eval_data, checkpoints, writers, progress, clock, notice)
             state = run_loop(
                 experiment.program,
                 state,
@@ -224,11 +220,8 @@ class _Run:
         checkpoints: Checkpointer,
         writers: Writers,
         progress: Progress,
-<<<<<<< HEAD
-        notice: StopNotice,
-=======
         clock: StepClock,
->>>>>>> main
+        notice: StopNotice,
     ) -> None:
         self._experiment = experiment
         self._notice = notice
