@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
-from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
+from spmd_train.config import ConfigError, ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
 from spmd_train.observe import (
+    Heartbeat,
     Progress,
     StepClock,
     Writers,
     device_memory_bytes,
     device_peak_flops,
+    log_examples,
     make_writers,
     mfu,
     model_flops_per_token,
@@ -59,14 +63,21 @@ class Experiment:
         return (put_batch(batch, abstract) for batch in batches)
 
     @contextlib.contextmanager
-    def train_batches(self, data: Dataset, *, start_step: int) -> Iterator[Iterator[Batch]]:
-        """Global batches from a step on, without end."""
+    def train_batches(
+        self, data: Dataset, *, start_step: int, workdir: Path | None = None
+    ) -> Iterator[Iterator[Batch]]:
+        """Global batches from a step on, without end; logged in `workdir` if the config says so."""
         size = self.config.train.global_batch_size
         rows = rows_here(self.program.abstract_batch)
         with contextlib.closing(
             data.batches(global_batch_size=size, rows=rows, start_step=start_step)
         ) as batches:
-            yield self.feed(batches)
+            here: Iterator[HostBatch] = batches
+            if workdir is not None and self.config.train.log_examples:
+                here = log_examples(
+                    batches, workdir=workdir, process=jax.process_index(), first_batch=start_step
+                )
+            yield self.feed(here)
 
     def evaluate(self, params: Params, data: Dataset) -> dict[str, float]:
         """Means over the whole split; the loss in nats per token."""
@@ -131,7 +142,13 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
         PreemptedError: told to stop by SIGTERM or Ctrl-C, and saved.
         OSError: checkpoints cannot be written.
     """
+    _check_same_config(config)
     experiment = build(config)
+    if jax.process_count() > 1:
+        lowered = experiment.program.lower_train_step()
+        digest = hashlib.blake2b(lowered.as_text().encode(), digest_size=16).hexdigest()
+        cluster.check_same({"the lowered train step": digest})
+        lowered.compile()  # Into the compilation cache, so that all begin the first step together.
     data = open_data(config, split="train")
     eval_data = open_data(config, split="eval") if config.train.eval_every else None
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
@@ -140,15 +157,17 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
             log.info("%s: finished, %d steps of %d", workdir, start, config.train.num_steps)
             return
         leader = jax.process_index() == 0
-        _announce(experiment, data, start)
+        if leader:
+            _announce(experiment, data, start)
         run_config = to_dict(config)
         with (
             make_writers(config.observe, workdir=workdir, resume_step=start, run_config=run_config)
             if leader
             else Writers(()) as writers,
             Progress(config.train.num_steps, start, quiet=not leader) as progress,
-            experiment.train_batches(data, start_step=start) as batches,
+            experiment.train_batches(data, start_step=start, workdir=workdir) as batches,
             StopNotice() as notice,
+            contextlib.closing(Heartbeat()) as heartbeat,
         ):
             if leader:
                 _write_text(workdir / "config.json", to_json(config))
@@ -156,7 +175,19 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
                 tokens_per_step=config.train.global_batch_size * config.data.sequence_length,
                 start_step=start,
             )
-            run = _Run(experiment, data, eval_data, checkpoints, writers, progress, clock, notice)
+            run = _Run(
+                experiment,
+                data,
+                eval_data,
+                checkpoints,
+                writers,
+                progress,
+                clock,
+                notice,
+                heartbeat,
+            )
+            heartbeat.beat(start, checkpoints.committed)
+            cluster.meet("first step")
             state = run_loop(
                 experiment.program,
                 state,
@@ -172,12 +203,20 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
                 experiment, state.eval_params, [config.sample.prompt], data.tokenizer
             )[0]
             log.info("a sample:\n%s%s", config.sample.prompt, text)
-        log.info(
-            "written to %s: config.json, metrics.jsonl, %scheckpoints/%s",
-            workdir,
-            "tensorboard/, " if config.observe.tensorboard else "",
-            "{" + ",".join(map(str, checkpoints.steps())) + "}",
-        )
+        if leader:
+            log.info(
+                "written to %s: config.json, metrics.jsonl, %scheckpoints/%s",
+                workdir,
+                "tensorboard/, " if config.observe.tensorboard else "",
+                "{" + ",".join(map(str, checkpoints.steps())) + "}",
+            )
+
+
+def _check_same_config(config: ExperimentConfig) -> None:
+    """Raises where another process has another config or other code."""
+    local = {"data.cache_dir"}
+    values = {row.path: str(row.value) for row in describe(config) if row.path not in local}
+    cluster.check_same(cluster.code_facts() | {f"config.{k}": v for k, v in values.items()})
 
 
 def _start(experiment: Experiment, checkpoints: Checkpointer) -> tuple[TrainState, int]:
@@ -222,7 +261,9 @@ class _Run:
         progress: Progress,
         clock: StepClock,
         notice: StopNotice,
+        heartbeat: Heartbeat,
     ) -> None:
+        self._heartbeat = heartbeat
         self._experiment = experiment
         self._notice = notice
         self._stopping = False
@@ -244,6 +285,7 @@ class _Run:
     def stepped(self, step: int, metrics: Metrics) -> None:
         """Logs a step if it is due."""
         self._progress.update(step)
+        self._heartbeat.beat(step, self._checkpoints.committed)
         train = self._experiment.config.train
         if step % train.log_every and step not in (1, train.num_steps):
             return

@@ -88,7 +88,7 @@ def start(
         )
 
 
-def end(process: subprocess.Popen[bytes], *, log: pathlib.Path, seconds: float = 180) -> int:
+def end(process: subprocess.Popen[bytes], *, log: pathlib.Path, seconds: float = 300) -> int:
     """Waits for it, and kills it if that takes too long."""
     try:
         return process.wait(seconds)
@@ -98,12 +98,12 @@ def end(process: subprocess.Popen[bytes], *, log: pathlib.Path, seconds: float =
         raise AssertionError(f"hangs:\n{log.read_text()[-4000:]}") from None
 
 
-def run(words: Sequence[str], *, log: pathlib.Path, **options: Any) -> int:
+def run(words: Sequence[str], *, log: pathlib.Path, seconds: float = 300, **options: Any) -> int:
     """Starts and ends it."""
-    return end(start(words, log=log, **options), log=log)
+    return end(start(words, log=log, **options), log=log, seconds=seconds)
 
 
-def until(condition: Callable[[], bool], *, what: str, seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], *, what: str, seconds: float = 240) -> None:
     """Waits for a condition."""
     limit = time.monotonic() + seconds
     while not condition():

@@ -32,7 +32,8 @@ class Checkpointer:
 
     Attributes:
         directory: WORKDIR/checkpoints.
-        committed: the last step that this process knows to be whole on disk; -1: none.
+        committed: the last step that this process knows to be whole on disk; -1: none. After a
+            save only process 0 knows.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, *, read_only: bool = False) -> None:
@@ -124,7 +125,6 @@ class Checkpointer:
         error = saving.result()
         if error is None:
             self._failures = 0
-            self.committed = saving.step
             return
         self._failures += 1
         limit = self._config.max_failures
@@ -151,7 +151,7 @@ class Checkpointer:
                 keep_last=self._config.keep_last,
                 keep_every=self._config.keep_every,
             )
-        self.committed = step
+            self.committed = step
 
     def close(self) -> None:
         """Waits for what is being written and lets go."""

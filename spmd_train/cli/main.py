@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -61,11 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb.uses_devices:
             cluster = importlib.import_module("spmd_train.cluster")
             cluster.start(simulate_devices=args.simulate_devices)
+            if verb.uses_processes:
+                place = (args.coordinator_address, args.num_processes, args.process_id)
+                cluster.connect(cluster.Place(*place))
         code = importlib.import_module(verb.module).run(args)
         sys.stdout.flush()
         return code
     except ConfigError as error:
         print(f"{_PROG}: {error}", file=sys.stderr)
+        _abandon(2)
         return 2
     except KeyboardInterrupt:
         print(f"{_PROG}: interrupted", file=sys.stderr)
@@ -74,6 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our answer has left (`| head`); Python's own flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        traceback.print_exc()
+        _abandon(1)
+        return 1
+
+
+def _abandon(code: int) -> None:
+    """Ends this process without waiting for the others of its run, if there are any."""
+    if (cluster := sys.modules.get("spmd_train.cluster")) is not None:
+        cluster.abandon(code)
 
 
 def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:

@@ -59,6 +59,11 @@ class Verb:
     takes_command: bool = False
 
     @property
+    def uses_processes(self) -> bool:
+        """Whether it runs on several processes at one time."""
+        return PROCESSES[0] in self.flags
+
+    @property
     def takes_config(self) -> bool:
         """Whether a config is read for it."""
         return any(flag.name == "config" for flag in self.flags)
@@ -117,6 +122,26 @@ STEP = Flag(
     type=_at_least(0),
     help="the checkpoint of this step (default: the newest)",
 )
+PROCESSES = (
+    Flag(
+        name="coordinator_address",
+        metavar="HOST:PORT",
+        help="where process 0 is reached; this and the next two are found on TPU pods, SLURM, "
+        "OpenMPI, Kubernetes (or in SPMD_TRAIN_COORDINATOR_ADDRESS, ...)",
+    ),
+    Flag(
+        name="num_processes",
+        metavar="N",
+        type=_at_least(1),
+        help="processes of this run (or SPMD_TRAIN_NUM_PROCESSES)",
+    ),
+    Flag(
+        name="process_id",
+        metavar="I",
+        type=_at_least(0),
+        help="which of them this is, from 0 (or SPMD_TRAIN_PROCESS_ID)",
+    ),
+)
 HF_DIR = Flag(
     name="hf_dir",
     metavar="DIR",
@@ -136,7 +161,7 @@ VERBS: tuple[Verb, ...] = (
         "same command line goes on from the newest checkpoint, on this mesh or on another.",
         example="spmd-train train --config=configs/lm_tiny.py --workdir=runs/tiny "
         "--config.train.num_steps=500",
-        flags=(CONFIG, WORKDIR, SIMULATE_DEVICES),
+        flags=(CONFIG, WORKDIR, SIMULATE_DEVICES, *PROCESSES),
     ),
     Verb(
         words=("eval",),
@@ -144,7 +169,7 @@ VERBS: tuple[Verb, ...] = (
         summary="evaluate a checkpoint, on any mesh",
         about="Measures a checkpoint on the whole evaluation split.",
         example="spmd-train eval --workdir=runs/tiny --step=300 --json",
-        flags=(RUN_CONFIG, WORKDIR, STEP, SIMULATE_DEVICES, JSON),
+        flags=(RUN_CONFIG, WORKDIR, STEP, SIMULATE_DEVICES, JSON, *PROCESSES),
     ),
     Verb(
         words=("generate",),
@@ -288,5 +313,54 @@ VERBS: tuple[Verb, ...] = (
         example="spmd-train checkpoints prune --workdir=runs/tiny --config.checkpoint.keep_last=1",
         flags=(RUN_CONFIG, WORKDIR, JSON),
         uses_devices=False,
+    ),
+    Verb(
+        words=("launch",),
+        module="spmd_train.cli.launch",
+        summary="local processes, supervised and restarted",
+        about="Runs train as N processes on this machine. If one dies or all hang, all are ended "
+        "and restarted from the newest good checkpoint, until that brings no new checkpoint any "
+        "more. SIGTERM and Ctrl-C are passed on: all save after the same step.",
+        example="spmd-train launch --num_processes=2 --simulate_devices=2 -- train "
+        "--workdir=runs/tiny",
+        flags=(
+            Flag(
+                name="num_processes",
+                metavar="N",
+                type=_at_least(1),
+                required=True,
+                help="processes; of GPUs each gets one",
+            ),
+            Flag(
+                name="max_restarts",
+                metavar="K",
+                type=_at_least(0),
+                default=3,
+                help="restarts in a row without a new checkpoint (default: 3)",
+            ),
+            Flag(
+                name="simulate_devices",
+                metavar="N",
+                type=_at_least(1),
+                help="run each process on N CPU devices",
+            ),
+            Flag(
+                name="hang_seconds",
+                metavar="T",
+                type=_at_least(0),
+                default=600,
+                help="seconds without a step until all stacks are printed and all is restarted; "
+                "must be longer than an evaluation; 0: never (default: 600)",
+            ),
+            Flag(
+                name="start_seconds",
+                metavar="T",
+                type=_at_least(0),
+                default=3600,
+                help="the same until the first step: tokenizing, compiling (default: 3600)",
+            ),
+        ),
+        uses_devices=False,
+        takes_command=True,
     ),
 )

@@ -283,6 +283,15 @@ class TrainConfig:
     checkpoint_every: int = key(
         100, "steps between checkpoints, and one at the end; 0: none", at_least=0
     )
+    max_device_batch: int = key(
+        0,
+        "most sequences that each part of the mesh's batch axes has at one time; grad_accumulation "
+        "grows until they fit, as on fewer devices than before; 0: no limit",
+        at_least=0,
+    )
+    log_examples: bool = key(
+        False, "write the ids of all consumed examples to WORKDIR/examples/PROCESS.jsonl"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

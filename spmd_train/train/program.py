@@ -100,7 +100,7 @@ def make_program(
         mesh=mesh,
     )
     layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
-    _check_batch(train, layout)
+    num_microbatches = _num_microbatches(train, layout)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
     transform = make_optimizer(
@@ -130,7 +130,7 @@ def make_program(
                 return task.loss(model.merge(params), microbatch, key=key)
 
             grads, sums = sum_gradients(
-                loss, state.params, batch, num_microbatches=train.grad_accumulation, layout=layout
+                loss, state.params, batch, num_microbatches=num_microbatches, layout=layout
             )
             with jax.named_scope("optimizer"):
                 updates, opt_state = transform.update(grads, state.opt_state, state.params)
@@ -193,7 +193,12 @@ def _metrics(sums: LossOutput) -> Metrics:
     return {"loss_sum": sums.loss_sum, "weight_sum": sums.weight_sum, **sums.metric_sums}
 
 
-def _check_batch(train: TrainConfig, layout: Layout) -> None:
+def _num_microbatches(train: TrainConfig, layout: Layout) -> int:
+    """`train.grad_accumulation`, or the next number with which `train.max_device_batch` is kept.
+
+    Raises:
+        ConfigError: the batch does not divide over the mesh.
+    """
     axes = layout.axes("batch")
     shards = layout.size(axes)
     microbatch = train.global_batch_size // train.grad_accumulation
@@ -205,3 +210,10 @@ def _check_batch(train: TrainConfig, layout: Layout) -> None:
             f"microbatches is {microbatch} sequences, which do not divide over "
             f"{' x '.join(axes)} = {shards} devices; the nearest that does is {near}"
         )
+    device_batch = train.global_batch_size // shards
+    most = train.max_device_batch or device_batch
+    return next(
+        n
+        for n in range(train.grad_accumulation, device_batch + 1)
+        if device_batch % n == 0 and device_batch // n <= most
+    )
