@@ -20,7 +20,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -178,14 +178,17 @@ def meet(name: str, *, seconds: float | None = None) -> None:
         client.wait_at_barrier(f"spmd_train/{name}", int(seconds * 1000))
 
 
-def abandon(code: int) -> None:
-    """Ends this process if it is one of several; JAX's own exit would wait for the others.
+def connected() -> bool:
+    """Whether this process has joined others."""
+    return global_state.client is not None
+
+
+def abandon(code: int) -> NoReturn:
+    """Ends this process, one of several; JAX's own exit would wait for the others.
 
     Args:
         code: to exit with.
     """
-    if global_state.client is None:
-        return
     with contextlib.suppress(Exception):  # The others may be gone, or fail likewise: let them tell.
         meet("failed", seconds=_FAREWELL_SECONDS)
     sys.stdout.flush()
@@ -264,7 +267,7 @@ def _obey_supervisor() -> None:
     """SIGUSR1 prints every thread's stack; without its supervisor this process ends."""
     if not hasattr(signal, "SIGUSR1"):
         return
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor and sys.platform == "linux":
         pr_set_pdeathsig = 1

@@ -52,7 +52,7 @@ def test_cli_main_every_verb_teaches(verb, capsys):
     assert verb.example in out
     assert "exit codes:" in out and ("--config.a.b=VALUE" in out) == verb.takes_config
     for flag in verb.flags:
-        assert f"--{flag.name}" in out and flag.help
+        assert (flag.metavar if flag.positional else f"--{flag.name}") in out and flag.help
         assert not flag.config_key or flag.config_key in set(paths_of(ExperimentConfig))
     assert not verb.uses_devices or "simulate_devices" in {flag.name for flag in verb.flags}
 

@@ -63,17 +63,21 @@ class Checkpointer:
         """What is wrong with a step, looked at as `checkpoint.verify` says; none: it is good."""
         return step_folders.faults(self.directory, step, how=self._config.verify)
 
-    def newest_good(self) -> int | None:
+    def newest_good(self, *, before: int | None = None) -> int | None:
         """The newest step that is whole; newer ones are put aside (`read_only`: passed over).
 
         Process 0 looks; the others are told.
+
+        Args:
+            before: only steps before this one; None: any. Needs `read_only`.
         """
+        assert before is None or self._read_only
         found = -1
         if self._leader and not self._read_only:
             good = step_folders.newest_good(self.directory, how=self._config.verify)
             found = -1 if good is None else good
         elif self._leader:
-            for step in reversed(self.steps()):
+            for step in reversed([s for s in self.steps() if before is None or s < before]):
                 if not (told := self.faults(step)):
                     found = step
                     break
@@ -116,6 +120,10 @@ class Checkpointer:
         self._finish()
         if self._failures:
             raise OSError(f"{self.directory}: the last checkpoint could not be written, see above")
+
+    def settle(self) -> None:
+        """Waits for the save under way, whether it succeeds or not."""
+        self._finish()
 
     def _finish(self) -> None:
         """Waits for the save under way, and counts it if it failed."""

@@ -79,15 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our answer has left (`| head`); Python's own flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception:
-        traceback.print_exc()
-        _abandon(1)
-        return 1
+    except Exception as error:
+        _abandon(1, error)
+        raise
 
 
-def _abandon(code: int) -> None:
+def _abandon(code: int, error: Exception | None = None) -> None:
     """Ends this process without waiting for the others of its run, if there are any."""
-    if (cluster := sys.modules.get("spmd_train.cluster")) is not None:
+    cluster = sys.modules.get("spmd_train.cluster")
+    if cluster is not None and cluster.connected():
+        if error is not None:
+            traceback.print_exception(error)
         cluster.abandon(code)
 
 
@@ -108,9 +110,10 @@ def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
         )
         raise ConfigError(f"{prog} {told}; see {prog} --help")
     # Here, not by argparse, which would not look at misspelt flags when one is missing.
-    missing = [f"--{f.name}" for f in verb.flags if f.required and getattr(args, f.name) is None]
+    missing = [f for f in verb.flags if f.required and getattr(args, f.name) is None]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
+        names = " and ".join(f.metavar if f.positional else f"--{f.name}" for f in missing)
+        raise ConfigError(f"{names} must be given; see {prog} --help")
     if not verb.takes_config:
         if overrides:
             raise ConfigError(f"--config.{overrides[0][0]}: {prog} reads no config")
@@ -196,6 +199,8 @@ def _usage(verb: Verb) -> str:
 
 
 def _usage_of(flag: Flag) -> str:
+    if flag.positional:
+        return flag.metavar
     return f"--{flag.name}={flag.metavar}" if flag.metavar else f"--{flag.name}"
 
 
@@ -203,6 +208,11 @@ def _add_flags(parser: argparse.ArgumentParser, verb: Verb) -> None:
     for flag in verb.flags:
         if not flag.metavar:
             parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+            continue
+        if flag.positional:
+            parser.add_argument(
+                flag.name, metavar=flag.metavar, type=flag.type, nargs="?", help=flag.help
+            )
             continue
         told = f"{flag.help} (default: {flag.config_key} of the config)"
         parser.add_argument(

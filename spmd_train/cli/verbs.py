@@ -21,6 +21,7 @@ class Flag:
       default: where it is not given.
       required: whether it must be given.
       repeats: whether it may be given several times: the value is a list.
+      positional: given as a bare word, without `--NAME=`.
       config_key: the config's key that it overrides; the verb finds the value there.
     """
 
@@ -31,6 +32,7 @@ class Flag:
     default: Any = None
     required: bool = False
     repeats: bool = False
+    positional: bool = False
     config_key: str = ""
 
 
@@ -362,5 +364,25 @@ VERBS: tuple[Verb, ...] = (
         ),
         uses_devices=False,
         takes_command=True,
+    ),
+    Verb(
+        words=("replay",),
+        module="spmd_train.cli.replay",
+        summary="a bad step again",
+        about="Repeats the step on which a run has stopped because its numbers were bad, from the "
+        "checkpoint before it, and names the arrays that are not finite.",
+        example="spmd-train replay runs/tiny/bad_steps/57",
+        flags=(
+            Flag(
+                name="bundle",
+                metavar="BUNDLE",
+                positional=True,
+                type=_folder,
+                required=True,
+                help="WORKDIR/bad_steps/STEP of the run",
+            ),
+            SIMULATE_DEVICES,
+            JSON,
+        ),
     ),
 )

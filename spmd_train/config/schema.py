@@ -283,6 +283,22 @@ class TrainConfig:
     checkpoint_every: int = key(
         100, "steps between checkpoints, and one at the end; 0: none", at_least=0
     )
+    bad_step: str = key(
+        "abort",
+        "after a loss or gradient that is no number, or a spike: stop; leave the state as it was "
+        "(decided on the device, not for spikes); or go back to the newest checkpoint and skip the "
+        "batches since",
+        choices=("abort", "skip", "rollback"),
+    )
+    max_bad_steps: int = key(
+        10, "skipped steps in a row, or rollbacks to one checkpoint, that end the run", at_least=1
+    )
+    spike_factor: float = key(
+        0.0,
+        "a gradient norm over this many times the median of the last 100 is a bad step; 0: off",
+        above=1,
+        or_equal=0,
+    )
     max_device_batch: int = key(
         0,
         "most sequences that each part of the mesh's batch axes has at one time; grad_accumulation "

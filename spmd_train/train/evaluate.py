@@ -17,14 +17,14 @@ def means(metrics: Metrics | dict[str, float]) -> dict[str, float]:
 
     Args:
         metrics: `weight_sum`, `loss_sum` and other sums; scalars that are no sums
-            (`grad_norm`, `learning_rate`) pass unchanged.
+            (`grad_norm`, `learning_rate`, `skipped`) pass unchanged.
 
     Returns:
         `loss` and the rest, as Python floats. NaN where nothing was weighed.
     """
     values = {name: float(v) for name, v in metrics.items()}
     weight = values.pop("weight_sum")
-    plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate") if n in values}
+    plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate", "skipped") if n in values}
     values["loss"] = values.pop("loss_sum")
     return {n: v / weight if weight else math.nan for n, v in values.items()} | plain
 

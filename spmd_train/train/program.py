@@ -142,7 +142,13 @@ def make_program(
                 "grad_norm": optax.tree.norm(grads),
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
-            return TrainState(state.step + 1, params, opt_state, ema), metrics
+            new = TrainState(state.step + 1, params, opt_state, ema)
+            if train.bad_step == "skip":
+                good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(metrics["grad_norm"])
+                old = dataclasses.replace(state, step=new.step)
+                new = jax.tree.map(functools.partial(jnp.where, good), new, old)
+                metrics["skipped"] = 1 - good.astype(jnp.float32)
+            return new, metrics
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
