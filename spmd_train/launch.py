@@ -109,19 +109,18 @@ class Supervisor:
 
     def _attempt(self, attempt: int) -> _End:
         port = _free_port()
-        with tempfile.TemporaryDirectory(prefix="spmd-train-launch-") as folder:
-            ranks: list[_Rank] = []
-            try:
-                for rank in range(self._options.num_processes):
-                    ranks.append(_Rank(self, rank, port, Path(folder), self._command))
-                self._say(
-                    f"attempt {attempt}: {len(ranks)} processes "
-                    f"{[r.process.pid for r in ranks]}, coordinator 127.0.0.1:{port}"
-                )
-                return self._watch(ranks)
-            finally:
-                for rank in ranks:
-                    rank.end()
+        ranks: list[_Rank] = []
+        try:
+            for rank in range(self._options.num_processes):
+                ranks.append(_Rank(self, rank, port, self._command))
+            self._say(
+                f"attempt {attempt}: {len(ranks)} processes "
+                f"{[r.process.pid for r in ranks]}, coordinator 127.0.0.1:{port}"
+            )
+            return self._watch(ranks)
+        finally:
+            for rank in ranks:
+                rank.end()
 
     def _watch(self, ranks: list[_Rank]) -> _End:
         passed_on = 0
@@ -190,7 +189,7 @@ class _Rank:
     """One process, its output and its heartbeat."""
 
     def __init__(
-        self, supervisor: Supervisor, rank: int, port: int, folder: Path, command: Sequence[str]
+        self, supervisor: Supervisor, rank: int, port: int, command: Sequence[str]
     ) -> None:
         self.rank = rank
         self.step = -1
@@ -198,14 +197,15 @@ class _Rank:
         self.stepped = False
         self.last_sign = time.monotonic()
         self._first_step: int | None = None
-        self._heartbeat = folder / f"heartbeat.{rank}"
+        # Without a name: nobody has to delete it, whoever is killed.
+        self._heartbeat = tempfile.TemporaryFile()  # noqa: SIM115
         self._seen = b""
         self._print = supervisor._print
         options = supervisor._options
         environ = {
             **os.environ,
             "SPMD_TRAIN_SUPERVISOR": str(os.getpid()),
-            "SPMD_TRAIN_HEARTBEAT": str(self._heartbeat),
+            "SPMD_TRAIN_HEARTBEAT": str(self._heartbeat.fileno()),
             "SPMD_TRAIN_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "SPMD_TRAIN_NUM_PROCESSES": str(options.num_processes),
             "SPMD_TRAIN_PROCESS_ID": str(rank),
@@ -215,6 +215,7 @@ class _Rank:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "spmd_train", *command],
             env=environ,
+            pass_fds=[self._heartbeat.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -231,7 +232,7 @@ class _Rank:
 
     def read_heartbeat(self) -> None:
         """Notes a step, if there was one since."""
-        content = self._heartbeat.read_bytes() if self._heartbeat.exists() else b""
+        content = os.pread(self._heartbeat.fileno(), 64, 0)
         if content == self._seen or not content.endswith(b"\n"):
             return
         self._seen = content
@@ -261,6 +262,7 @@ class _Rank:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._heartbeat.close()
         self._reader.join(timeout=5)
         assert self.process.stdout is not None
         if not self._reader.is_alive():

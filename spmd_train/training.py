@@ -151,8 +151,8 @@ def _steps(
         Progress(config.train.num_steps, start_step, quiet=not leader) as progress,
         experiment.train_batches(data, start_batch=start_batch, workdir=workdir) as batches,
         StopNotice() as notice,
-        contextlib.closing(Heartbeat()) as heartbeat,
     ):
+        heartbeat = Heartbeat()
         if leader:
             write_text(workdir / "config.json", to_json(config))
         clock = StepClock(

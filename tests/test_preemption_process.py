@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import fault_helpers as faults
 import pytest
@@ -43,3 +45,33 @@ def test_preemption_repeated_during_the_save(whole):
     assert faults.end(process, log=log) == 75, log.read_text()
     assert "told to stop" in log.read_text()
     assert faults.run(["checkpoints", "verify", f"--workdir={workdir}"], log=log) == 0
+
+
+def test_full_disk_training_goes_on(whole):
+    folder, expected = whole
+    disk, log = folder / "disk", folder / "disk.log"
+    disk.mkdir()
+    words = faults.command(
+        disk / "run",
+        data__path=folder / "text.txt",
+        data__cache_dir=folder / "tokens",
+        checkpoint__keep_last=1,
+    )
+    script = faults.ROOT / "tests" / "full_disk.py"
+    mount = f'mount -t tmpfs -o size=1536k tmpfs {disk} && exec "$@"'
+    inside = [sys.executable, str(script), str(disk), str(folder / "result"), *words]
+    with log.open("wb") as output:
+        done = subprocess.run(
+            ["unshare", "-Urm", "sh", "-c", mount, "sh", *inside],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=faults.environment(),
+            timeout=300,
+            check=False,
+        )
+    text = log.read_text()
+    assert done.returncode == 0, text
+    assert "failures: 2" in text and "No space left" in text
+    assert "(2 of checkpoint.max_failures=3 in a row)" in text
+    assert sorted(os.listdir(folder / "result" / "checkpoints")) == ["60"]
+    faults.assert_same(faults.final_params(folder / "result"), expected)
