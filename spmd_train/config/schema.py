@@ -356,15 +356,49 @@ class TrainConfig:
     checkpoint_every: int = key(
         100, "steps between checkpoints, and one at the end; 0: none", at_least=0
     )
+    bad_step: str = key(
+        "abort",
+        "after a loss or gradient that is no number, or a spike: stop; leave the state as it was "
+        "(decided on the device, not for spikes); or go back to the newest checkpoint and skip the "
+        "batches since",
+        choices=("abort", "skip", "rollback"),
+    )
+    max_bad_steps: int = key(
+        10, "skipped steps in a row, or rollbacks to one checkpoint, that end the run", at_least=1
+    )
+    spike_factor: float = key(
+        0.0,
+        "a gradient norm over this many times the median of the last 100 is a bad step; 0: off",
+        above=1,
+        or_equal=0,
+    )
+    max_device_batch: int = key(
+        0,
+        "most sequences that each part of the mesh's batch axes has at one time; grad_accumulation "
+        "grows until they fit, as on fewer devices than before; 0: no limit",
+        at_least=0,
+    )
+    log_examples: bool = key(
+        False, "write the ids of all consumed examples to WORKDIR/examples/PROCESS.jsonl"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints are kept."""
+    """Which checkpoints are kept, and how far they are trusted."""
 
     keep_last: int = key(2, "newest checkpoints kept", at_least=1)
     keep_every: int = key(0, "besides, keep each step that this divides; 0: none", at_least=0)
     asynchronous: bool = key(True, "write while training goes on")
+    verify: str = key(
+        "full",
+        "before a restore: hash every file; all sizes and a sample of hashes; or only see that the "
+        "save was finished",
+        choices=("full", "sample", "off"),
+    )
+    max_failures: int = key(
+        3, "failed saves in a row (a full disk) that end the run; fewer are warned of", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class _Place(NamedTuple):
     """What a Hugging Face tensor holds: our parameters (several where fused), and where in them."""
 
     tensors: list[Tensor]
-    index: tuple[int, ...]
+    where: tuple[int, ...]
 
 
 def load_params(
@@ -90,9 +90,9 @@ def _load_leaf(
         if ranges not in shards:  # Devices that hold the same shard share it.
             shards[ranges] = np.empty([stop - start for start, stop in ranges], leaf.dtype)
             outer, inner = ranges[:stacked], ranges[stacked:]
-            for index in itertools.product(*(range(*r) for r in outer)):
-                part = tensor.read(shape, inner, stored[tensor.name_of(index)].read)
-                here = tuple(i - start for i, (start, _) in zip(index, outer, strict=True))
+            for layer in itertools.product(*(range(*r) for r in outer)):
+                part = tensor.read(shape, inner, stored[tensor.name_of(layer)].read)
+                here = tuple(i - start for i, (start, _) in zip(layer, outer, strict=True))
                 shards[ranges][here] = part
         return shards[ranges]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,17 +19,17 @@ def means(metrics: Metrics | dict[str, float]) -> dict[str, float]:
 
     Args:
         metrics: `weight_sum`, `loss_sum` and other sums; scalars that are no sums
-            (`grad_norm`, `learning_rate`) pass unchanged. `expert_load` and `expert_dropped`
-            become what `load_metrics` says.
+            (`grad_norm`, `learning_rate`, `skipped`) pass unchanged. `expert_load` and
+            `expert_dropped` become what `load_metrics` says.
 
     Returns:
         `loss` and the rest, as Python floats. NaN where nothing was weighed.
     """
-    metrics = dict(metrics)
-    load, dropped = metrics.pop("expert_load", None), metrics.pop("expert_dropped", 0.0)
-    values = {name: float(v) for name, v in metrics.items()}
+    sums: dict[str, Any] = dict(metrics)
+    load, dropped = sums.pop("expert_load", None), sums.pop("expert_dropped", 0.0)
+    values = {name: float(v) for name, v in sums.items()}
     weight = values.pop("weight_sum")
-    plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate") if n in values}
+    plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate", "skipped") if n in values}
     values["loss"] = values.pop("loss_sum")
     of_experts = {} if load is None else load_metrics(np.asarray(load), dropped=float(dropped))
     return {n: v / weight if weight else math.nan for n, v in values.items()} | of_experts | plain

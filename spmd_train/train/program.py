@@ -7,6 +7,7 @@ Nothing else jits a train step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,7 +113,7 @@ def make_program(
     layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()}, context)
     batch_axes = task.batch_axes()
     shapes = task.batch_shapes(train.global_batch_size)
-    _check_batch(train, layout)
+    num_microbatches = _num_microbatches(train, layout)
     for name, axes in batch_axes.items():
         if "sequence" in axes:
             check_sequence(shapes[name].shape[axes.index("sequence")], layout)
@@ -153,7 +154,7 @@ def make_program(
                 return task.loss(model.merge(variables), microbatch, key=key)
 
             grads, sums = sum_gradients(
-                loss, state.params, batch, num_microbatches=train.grad_accumulation, layout=layout
+                loss, state.params, batch, num_microbatches=num_microbatches, layout=layout
             )
             with jax.named_scope("optimizer"):
                 updates, opt_state = transform.update(grads, state.opt_state, state.params)
@@ -166,7 +167,13 @@ def make_program(
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
             model_state = task.update_model_state(state.model_state, sums)
-            return TrainState(state.step + 1, params, opt_state, ema, model_state), metrics
+            new = TrainState(state.step + 1, params, opt_state, ema, model_state)
+            if train.bad_step == "skip":
+                good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(metrics["grad_norm"])
+                old = dataclasses.replace(state, step=new.step)
+                new = jax.tree.map(functools.partial(jnp.where, good), new, old)
+                metrics["skipped"] = 1 - good.astype(jnp.float32)
+            return new, metrics
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
@@ -215,7 +222,12 @@ def _metrics(sums: LossOutput) -> Metrics:
     return {"loss_sum": sums.loss_sum, "weight_sum": sums.weight_sum, **sums.metric_sums}
 
 
-def _check_batch(train: TrainConfig, layout: Layout) -> None:
+def _num_microbatches(train: TrainConfig, layout: Layout) -> int:
+    """`train.grad_accumulation`, or the next number with which `train.max_device_batch` is kept.
+
+    Raises:
+        ConfigError: the batch does not divide over the mesh.
+    """
     axes = layout.axes("batch")
     shards = layout.size(axes)
     microbatch = train.global_batch_size // train.grad_accumulation
@@ -227,3 +239,10 @@ def _check_batch(train: TrainConfig, layout: Layout) -> None:
             f"microbatches is {microbatch} sequences, which do not divide over "
             f"{' x '.join(axes)} = {shards} devices; the nearest that does is {near}"
         )
+    device_batch = train.global_batch_size // shards
+    most = train.max_device_batch or device_batch
+    return next(
+        n
+        for n in range(train.grad_accumulation, device_batch + 1)
+        if device_batch % n == 0 and device_batch // n <= most
+    )
