@@ -7,7 +7,7 @@ import json
 import numpy as np
 from helpers import by_path, largest_difference
 
-from spmd_train import experiment
+from spmd_train import experiment, training
 from spmd_train.config import load_config, parse
 
 OVERRIDES = {
@@ -50,9 +50,9 @@ def test_moe_run_resumes_with_its_bias_and_generates(tmp_path, monkeypatch):
     cache = {"data.cache_dir": str(tmp_path / "cache")}
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    experiment.train(config_of(corpus, **cache), workdir=straight)
-    experiment.train(config_of(corpus, **cache, **{"train.num_steps": 2}), workdir=broken)
-    experiment.train(config_of(corpus, **cache), workdir=broken)
+    training.train(config_of(corpus, **cache), workdir=straight)
+    training.train(config_of(corpus, **cache, **{"train.num_steps": 2}), workdir=broken)
+    training.train(config_of(corpus, **cache), workdir=broken)
 
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -26,7 +26,7 @@ from spmd_train.config import (
 )
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
-from spmd_train.parallel.rules import Layout, make_rules, use_layout
+from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
 from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
@@ -117,6 +117,7 @@ def make_program(
     for name, axes in batch_axes.items():
         if "sequence" in axes:
             check_sequence(shapes[name].shape[axes.index("sequence")], layout)
+    _check_sequence(shapes, batch_axes, layout)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
     transform = make_optimizer(
@@ -246,3 +247,23 @@ def _num_microbatches(train: TrainConfig, layout: Layout) -> int:
         for n in range(train.grad_accumulation, device_batch + 1)
         if device_batch % n == 0 and device_batch // n <= most
     )
+
+
+def _check_sequence(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    axes_of: Mapping[str, LogicalAxes],
+    layout: Layout,
+) -> None:
+    """An activation whose dim does not divide is not sharded; the sequence is worth an error."""
+    dims = {dim for name, s in shapes.items() for dim in zip(axes_of[name], s.shape, strict=True)}
+    lengths = [size for name, size in dims if name == "sequence"]
+    for rule in ("sequence", "residual_sequence"):
+        axes = layout.axes(rule)
+        shards = layout.size(axes)
+        for length in lengths:
+            if length % shards:
+                near = max(shards, round(length / shards) * shards)
+                raise ConfigError(
+                    f"data.sequence_length: {length} does not divide over {' x '.join(axes)} = "
+                    f"{shards} devices (sharding.rules.{rule}); the nearest that does is {near}"
+                )
