@@ -1,7 +1,7 @@
 """For a pod: the shape of Mixtral 8x7B (arXiv:2401.04088), 46,702,792,704 parameters.
 
-A token takes 2 of the 8 experts of a layer: 12,879,925,248 of the parameters. Set `data.path` to your
-text and `data.tokenizer` to its tokenizer; everything that needs no data (`spmd-train inspect
+A token takes 2 of the 8 experts of a layer: 12,879,925,248 of the parameters. Set `data.path` to
+your text and `data.tokenizer` to its tokenizer; everything that needs no data (`spmd-train inspect
 shardings`, ...) works as it stands, as does `spmd-train convert import`. The experts lie on
 `mesh.expert`, which must divide 8.
 """

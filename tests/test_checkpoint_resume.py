@@ -215,7 +215,7 @@ def test_checkpoint_is_plain_orbax(text: pathlib.Path, straight: pathlib.Path) -
     table = tree["params"]["embedding"]["table"]
     np.testing.assert_array_equal(table, np.asarray(abstract.params["embedding"]["table"]))
     meta = json.loads((step / "meta" / "metadata").read_text())
-    assert meta["data"] == {"step": STEPS, "global_batch_size": 8}
+    assert meta["data"] == {"next_batch": STEPS, "global_batch_size": 8}
     assert meta["config"]["model"]["vocab_size"] == 256
     assert {"jax", "flax", "orbax"} <= meta["made_by"].keys()
 
