@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(document, indent=2))
         return 0 if plan and plan.fits else 3
     if result:
-        for line in format_search(result):
+        for line in format_search(result, target=target):
             print(line)
         print("")
     for line in format_plan(plan) if plan else ():

@@ -91,8 +91,6 @@ def _unused_axis(seen: _Seen) -> Iterator[str]:
     used = {axis for plan in seen.program.plans.values() for axis in axes_of(plan.spec)}
     for array in seen.program.abstract_batch.values():
         used |= set(axes_of(array.sharding.spec))
-    if seen.step:
-        used |= {axis for c in seen.step.collectives for axis in c.axes}
     for axis, size in seen.program.mesh.shape.items():
         if size > 1 and axis not in used:
             yield (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spmd_train.inspect.hlo import (
     Computation,
@@ -122,6 +122,7 @@ def _sweep(peaks: _Peaks, computation: Computation) -> list[LiveArray]:
     for leaf in values[computation.root.name]:
         for i in leaf:
             buffers[i].array = None
+    _share(instructions, values, buffers)
     best: list[LiveArray] = []
     inner_total, best_total = 0, -1
     changes: dict[int, list[tuple[int, _Buffer]]] = {}
@@ -145,6 +146,32 @@ def _sweep(peaks: _Peaks, computation: Computation) -> list[LiveArray]:
             best_total = outer_total + inner_total
             best = [b.array for b in live.values() if b.array is not None] + inner
     return best
+
+
+def _share(
+    instructions: Sequence[Instruction], values: Mapping[str, _Leaves], buffers: list[_Buffer]
+) -> None:
+    """An elementwise kernel writes over an operand of the same size that nobody reads again."""
+    for time, instruction in enumerate(instructions):
+        if "kind=kLoop" not in instruction.attribute_text:
+            continue
+        dying = [
+            buffers[i]
+            for name in instruction.operands
+            for leaf in values.get(name, ())
+            for i in leaf
+            if buffers[i].last == time > buffers[i].born
+        ]
+        for leaf in values[instruction.name]:
+            for i in leaf:
+                array = buffers[i].array
+                if array is None or buffers[i].born != time:
+                    continue
+                for old in dying:
+                    if old.array is not None and old.array.bytes == array.bytes:
+                        old.last = time - 1
+                        dying.remove(old)
+                        break
 
 
 def _value(

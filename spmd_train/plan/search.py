@@ -16,7 +16,8 @@ from spmd_train.parallel.mesh import make_mesh
 from spmd_train.plan.answer import Plan, chip_with, make_plan, memory_of
 from spmd_train.plan.compiled import DoesNotFitError, compile_step
 from spmd_train.plan.estimate import Candidate, Estimate, estimate, plans_on
-from spmd_train.plan.network import Span, span_of
+from spmd_train.plan.network import Span, network_time, span_of
+from spmd_train.plan.roofline import roofline
 from spmd_train.plan.targets import Target
 from spmd_train.plan.trace_cost import TraceCost, trace_cost
 
@@ -47,12 +48,15 @@ class Row:
         candidate: the layout.
         estimate: by formulas.
         plan: by the compiler; None: not compiled, or it refused.
+        seconds: of a step, by which rows are ordered: of the compiled program if there is one. On
+            a CPU target it orders, but tells no time.
         verdict: why it won or lost.
     """
 
     candidate: Candidate
     estimate: Estimate
     plan: Plan | None
+    seconds: float
     verdict: str
 
 
@@ -129,6 +133,7 @@ def search(
         config,
         usable=usable,
         too_large=too_large,
+        chip=chip,
         target=target,
         devices=devices,
         build=build,
@@ -136,7 +141,7 @@ def search(
         num_compiled=num_compiled,
     )
     compiled = [row for row in rows if row.plan is not None and row.plan.fits]
-    winner = min(compiled, key=_seconds, default=None)
+    winner = min(compiled, key=lambda row: row.seconds, default=None)
     rest = [row for row in rows if row is not winner]
     if winner is not None:
         winner = dataclasses.replace(winner, verdict="the fastest that was compiled and fits")
@@ -146,7 +151,7 @@ def search(
             else row
             for row in rest
         ]
-        rest.sort(key=lambda row: (row.plan is None, _seconds(row)))
+        rest.sort(key=lambda row: (row not in compiled, row.plan is None, row.seconds))
     return SearchResult(
         rows=tuple(([winner] if winner else []) + rest),
         winner=winner,
@@ -155,9 +160,12 @@ def search(
     )
 
 
-def _seconds(row: Row) -> float:
-    known = row.plan.roofline.step if row.plan else None
-    return known if known is not None else row.estimate.step
+def _compiled_seconds(plan: Plan, chip: Chip, mesh: Any, *, dtype: str) -> float | None:
+    """The compiled program's roofline, on assumed rates where the chip's are not known."""
+    if plan.roofline.step is not None or plan.step is None or plan.cost is None:
+        return plan.roofline.step
+    network = network_time(plan.step.collectives, mesh=mesh, target=plan.target, chip=chip)
+    return roofline(plan.cost, network=network, chip=chip, dtype=dtype).step
 
 
 def _bound(row: Row) -> str:
@@ -253,6 +261,7 @@ def _judge(
     *,
     usable: int,
     too_large: int,
+    chip: Chip,
     target: Target,
     devices: Sequence[Any],
     build: Callable[..., Any],
@@ -262,24 +271,31 @@ def _judge(
     """Compiles the best few, each mesh once, and says of others why they lose."""
     rows: list[Row] = []
     tried: list[Mapping[str, int]] = []
+    broken: list[Mapping[str, int]] = []
     worth = ranked[: len(ranked) - too_large]
     fitting = 0
     for candidate, found in worth:
         if fitting == num_compiled or len(tried) == 2 * num_compiled:
             break
-        if tried.count(candidate.mesh) >= 2 or any(
-            row.candidate.mesh == candidate.mesh and row.plan and row.plan.fits for row in rows
+        if (
+            tried.count(candidate.mesh) >= 2
+            or candidate.mesh in broken
+            or any(
+                row.candidate.mesh == candidate.mesh and row.plan and row.plan.fits for row in rows
+            )
         ):
             continue
         tried.append(candidate.mesh)
         log.info("compiling %s", candidate.name)
-        plan, verdict = None, ""
+        plan, verdict, seconds = None, "", found.step
         try:
             own = _with(config, candidate)
             program = build(own, devices=devices).program
             step = compile_step(program, options=options)
             plan = make_plan(own, target=target, program=program, step=step)
             fitting += plan.fits
+            known = _compiled_seconds(plan, chip, program.mesh, dtype=config.model.compute_dtype)
+            seconds = found.step if known is None else known
             verdict = "" if plan.fits else f"does not fit: needs {plan.needed_bytes:,} bytes"
         except DoesNotFitError as error:
             verdict = f"does not fit: the compiler refuses it ({error.needed_bytes or '?'} bytes)"
@@ -289,7 +305,10 @@ def _judge(
             # A compiler's own fault must not end the search, nor be recommended.
             log.warning("%s: the compiler failed: %s", candidate.name, error)
             verdict = f"failed to compile: {str(error).splitlines()[0][:80]}"
-        rows.append(Row(candidate=candidate, estimate=found, plan=plan, verdict=verdict))
+            broken.append(candidate.mesh)
+        rows.append(
+            Row(candidate=candidate, estimate=found, plan=plan, seconds=seconds, verdict=verdict)
+        )
     seen = [row.candidate for row in rows]
     for candidate, found in ranked:
         if len(rows) >= 3 * num_compiled + 6:
@@ -302,11 +321,13 @@ def _judge(
             if small
             else f"estimated not to fit: {found.peak_bytes:,.0f} bytes"
         )
-        rows.append(Row(candidate=candidate, estimate=found, plan=None, verdict=verdict))
+        rows.append(
+            Row(candidate=candidate, estimate=found, plan=None, seconds=found.step, verdict=verdict)
+        )
     return rows
 
 
-def format_search(result: SearchResult) -> Iterator[str]:
+def format_search(result: SearchResult, *, target: Target) -> Iterator[str]:
     """The table that people read, and the winner's overrides."""
     yield (
         f"{result.num_considered:,} layouts considered by formulas, {result.num_too_large:,} of "
@@ -316,7 +337,7 @@ def format_search(result: SearchResult) -> Iterator[str]:
     lines: list[tuple[str, ...]] = [heads]
     for row in result.rows:
         peak = row.plan.needed_bytes if row.plan else row.estimate.peak_bytes
-        step = row.plan.roofline.step if row.plan else row.estimate.step
+        step = None if target.chip is None else row.seconds
         lines.append(
             (
                 row.candidate.name,
@@ -352,6 +373,7 @@ def search_as_json(result: SearchResult) -> list[dict[str, Any]]:
             "fits": row.plan.fits if row.plan else None,
             "peak_bytes": row.plan.needed_bytes if row.plan else None,
             "step_seconds": row.plan.roofline.step if row.plan else None,
+            "ordering_seconds": row.seconds,
             "verdict": row.verdict,
         }
         for row in result.rows
