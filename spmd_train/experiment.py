@@ -1,4 +1,4 @@
-"""The composition root: config -> mesh -> task -> program -> loop; it sees every room."""
+"""The composition root, which sees every room: config -> mesh -> task -> program -> loop."""
 
 from __future__ import annotations
 

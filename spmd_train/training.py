@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,7 @@ class _Run:
     ) -> None:
         self._batches_ahead = batches_ahead
         self._numbers = NumbersWatch(experiment.config.train)
+        self._save_seconds = 0.0
         self._heartbeat = heartbeat
         self._experiment = experiment
         self._notice = notice
@@ -290,6 +292,8 @@ class _Run:
             **self._clock.read(step),
             **device_memory_bytes(jax.local_devices()),
         }
+        if self._save_seconds:
+            values["save_seconds"], self._save_seconds = self._save_seconds, 0.0
         values["mfu"] = mfu(
             values["tokens_per_second"],
             flops_per_token=self._flops_per_token,
@@ -317,7 +321,9 @@ class _Run:
                 },
                 "mesh": {a: n for a, n in self._experiment.program.mesh.shape.items() if n > 1},
             }
+            begin = time.monotonic()
             self._checkpoints.save(step, state, meta)
+            self._save_seconds += time.monotonic() - begin
         if self._stopping:
             self._checkpoints.wait()
             raise PreemptedError(step, interrupted=self._notice.interrupted)
