@@ -267,8 +267,8 @@ def _obey_supervisor() -> None:
     """SIGUSR1 prints every thread's stack; without its supervisor this process ends."""
     if not hasattr(signal, "SIGUSR1"):
         return
-    assert sys.__stderr__ is not None
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+    if sys.__stderr__ is not None:
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor and sys.platform == "linux":
         pr_set_pdeathsig = 1

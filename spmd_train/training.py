@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
-from spmd_train.config import ConfigError, ExperimentConfig, describe, parse, to_dict, to_json
+from spmd_train.config import ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
 from spmd_train.experiment import Experiment, build, open_data, sample_text, write_text
 from spmd_train.observe import (
@@ -28,21 +27,17 @@ from spmd_train.observe import (
     mfu,
     model_flops_per_token,
 )
-from spmd_train.parallel.batches import put_batch
-from spmd_train.parallel.rules import use_layout
 from spmd_train.train.bad_numbers import (
     BadStepError,
     NumbersWatch,
     Rollbacks,
-    not_finite,
-    read_bundle,
     write_bundle,
 )
 from spmd_train.train.evaluate import means, with_bits_per_byte
 from spmd_train.train.loop import LoopEvents, run_loop
 from spmd_train.train.preemption import PreemptedError, StopNotice
 from spmd_train.train.program import Metrics
-from spmd_train.train.state import Params, TrainState
+from spmd_train.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +68,7 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
     rollbacks = Rollbacks(workdir)
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         while True:
-            state, start, batch = _start(experiment, checkpoints, rollbacks)
+            state, start, batch = start_from(experiment, checkpoints, rollbacks)
             if start >= config.train.num_steps:
                 log.info("%s: finished, %d steps of %d", workdir, start, config.train.num_steps)
                 return
@@ -193,7 +188,7 @@ def _check_same_config(config: ExperimentConfig) -> None:
     cluster.check_same(cluster.code_facts() | {f"config.{k}": v for k, v in values.items()})
 
 
-def _start(
+def start_from(
     experiment: Experiment,
     checkpoints: Checkpointer,
     rollbacks: Rollbacks,
@@ -253,6 +248,7 @@ class _Run:
     ) -> None:
         self._batches_ahead = batches_ahead
         self._numbers = NumbersWatch(experiment.config.train)
+        self._save_seconds = 0.0
         self._heartbeat = heartbeat
         self._experiment = experiment
         self._notice = notice
@@ -292,6 +288,8 @@ class _Run:
             **self._clock.read(step),
             **device_memory_bytes(jax.local_devices()),
         }
+        if self._save_seconds:
+            values["save_seconds"], self._save_seconds = self._save_seconds, 0.0
         values["mfu"] = mfu(
             values["tokens_per_second"],
             flops_per_token=self._flops_per_token,
@@ -319,7 +317,9 @@ class _Run:
                 },
                 "mesh": {a: n for a, n in self._experiment.program.mesh.shape.items() if n > 1},
             }
+            begin = time.monotonic()
             self._checkpoints.save(step, state, meta)
+            self._save_seconds += time.monotonic() - begin
         if self._stopping:
             self._checkpoints.wait()
             raise PreemptedError(step, interrupted=self._notice.interrupted)
@@ -338,54 +338,3 @@ class _Run:
     def _log(self, step: int, split: str, values: dict[str, float | None]) -> None:
         self._writers.write(step, split, values)
         self._progress.log(step, split, values)
-
-
-def replay(bundle: Path) -> dict[str, Any]:
-    """Makes a bad step again, from the checkpoint before it.
-
-    Args:
-        bundle: `WORKDIR/bad_steps/STEP`, as an aborted run has left it.
-
-    Returns:
-        `step` and `why` of the bundle; `loss` and `grad_norm` as they are again (strings, for NaN
-        has no JSON); `batch`, `params` and `grads`: names of the arrays that are not finite before
-        and in that step, with the first layer where layers are stacked.
-
-    Raises:
-        ConfigError: it is no bundle, or its run has no good checkpoint before the step.
-    """
-    told, rows = read_bundle(bundle)
-    config = parse(ConfigDict(told["config"]))
-    experiment = build(config)
-    program = experiment.program
-    workdir = bundle.absolute().parent.parent
-    rollbacks = Rollbacks(workdir)
-    with contextlib.closing(
-        Checkpointer(workdir, config.checkpoint, read_only=True)
-    ) as checkpoints:
-        state, start, number = _start(experiment, checkpoints, rollbacks, before=told["step"])
-    size = config.train.global_batch_size
-    data = open_data(config, split="train")
-    for _ in range(start + 1, told["step"]):
-        batch = put_batch(data.batch(number, global_batch_size=size), program.abstract_batch)
-        state, _ = program.train_step(state, batch)
-        number += 1
-    if number != told["batch"]:
-        raise ConfigError(f"{bundle}: is of batch {told['batch']}, but the run is at {number}")
-    batch = put_batch(rows, program.abstract_batch)
-
-    def loss(params: Params) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        with use_layout(program.layout):
-            return experiment.task.loss(program.model.merge(params), batch, key=key).loss_sum
-
-    found = {
-        "step": told["step"],
-        "why": told["why"],
-        "batch": not_finite(rows),
-        "params": not_finite(state.params),
-        "grads": not_finite(jax.jit(jax.grad(loss))(state.params)),
-    }
-    _, metrics = program.train_step(state, batch)
-    values = means(jax.device_get(metrics))
-    return found | {"loss": str(values["loss"]), "grad_norm": str(values["grad_norm"])}

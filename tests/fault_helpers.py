@@ -28,6 +28,8 @@ TINY = {
     "train.eval_every": 0,
     "train.log_every": 1,
     # Constant, so that runs of different lengths are one program and compile once.
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 2e-3,
     "optimizer.schedule.name": "constant",
     "optimizer.schedule.warmup_steps": 0,
     "observe.tensorboard": "false",

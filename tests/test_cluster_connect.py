@@ -73,9 +73,15 @@ def test_cluster_incomplete_says_what_was_seen(nowhere):
     nowhere.setenv("SLURM_JOB_ID", "77")
     with pytest.raises(ConfigError, match=r"--coordinator_address and --process_id.*SLURM_JOB_ID"):
         cluster.connect(cluster.Place(num_processes=2))
-    nowhere.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"OpenMPI.*OMPI_COMM_WORLD_SIZE=2.*--process_id=I"):
-        cluster.connect()
+
+
+def test_cluster_that_cannot_be_read_says_what_was_seen(tmp_path):
+    log = tmp_path / "log"
+    environ = {"OMPI_COMM_WORLD_SIZE": "2"}
+    code = faults.run(faults.command(tmp_path / "run", devices=1), log=log, environ=environ)
+    text = log.read_text()
+    assert code == 2 and "Traceback" not in text
+    assert re.search(r"OpenMPI.*OMPI_COMM_WORLD_SIZE=2.*--process_id=I", text)
 
 
 def test_cluster_slurm_processes_that_differ_are_named(tmp_path):

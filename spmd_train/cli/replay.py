@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from spmd_train import training
+from spmd_train.replay import replay
 
 
 def run(args: argparse.Namespace) -> int:
     """Repeats the step of a bundle."""
-    found = training.replay(args.bundle)
+    found = replay(args.bundle)
     if args.json:
         print(json.dumps(found))
         return 0
