@@ -83,11 +83,12 @@ def layer_bytes(
 
     | method | forward | backward |
     |---|---|---|
-    | ring | hops (keys + ids) | hops (keys + ids + gradients) |
+    | ring | hops (keys + ids) | hops (keys + ids) + (hops + 1) gradients |
     | all_gather | (C-1) (keys + ids) | (C-1) (keys + ids + gradients) |
     | ulysses | (C-1)/C (queries + outputs + keys) + (C-1) ids | the same, and b n H float32 |
 
-    A ring has C-1 hops, fewer where a window leaves steps without work. Ulysses sends a key head
+    A ring has C-1 hops, fewer where a window leaves steps without work; gradients go home by one
+    more. Ulysses sends a key head
     once for each device that needs it.
     """
     c = placement.num_devices
@@ -109,4 +110,5 @@ def layer_bytes(
         )
     hops = len(placement.ring()) - 1 if layout.context.method == "ring" else c - 1
     gradients = 2 * tokens * kv_heads * width * 4
-    return hops * (keys + ids), hops * (keys + ids + gradients)
+    rounds = hops + 1 if hops and layout.context.method == "ring" else hops
+    return hops * (keys + ids), hops * (keys + ids) + rounds * gradients

@@ -26,9 +26,17 @@ import jax.numpy as jnp
 
 from spmd_train.config import MESH_AXES
 from spmd_train.parallel import blockwise
-from spmd_train.parallel.blockwise import Gradients, Keys, Result, Scoring, Tokens
+from spmd_train.parallel.blockwise import (
+    Gradients,
+    Keys,
+    Pairs,
+    Result,
+    Running,
+    Scoring,
+    Tokens,
+)
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
-from spmd_train.parallel.placement import Placement, Tiles
+from spmd_train.parallel.placement import Placement, RingStep, Tiles, stacked
 from spmd_train.parallel.rules import axes_of, current_layout, dims_of, manual_axes, to_spec
 from spmd_train.parallel.sequence import check_heads, check_sequence
 
@@ -139,9 +147,32 @@ class _Split:
     kv_copies: int
 
     def send(self, tree: Any, *, distance: int) -> Any:
-        """Gives each device what the one `distance` before it in the ring has."""
+        """Gives each device what the one `distance` before it in the ring has; 0: its own."""
+        if not distance:
+            return tree
         c = self.placement.num_devices
         return jax.lax.ppermute(tree, self.axes, [(i, (i + distance) % c) for i in range(c)])
+
+    def go_round(self, step: Callable[..., Any], carry: Any) -> Any:
+        """Runs `step(carry, pairs, ring_step)` for each step of the ring; alike ones in a loop.
+
+        A loop also bounds what is in flight: transfers do not wait for compute, and side by side
+        they would bring the keys of all devices here at once.
+        """
+        for ring in self.placement.grouped_ring():
+            pairs, counts = stacked(ring.tiles, self.axes)
+            if len(ring.tiles) == 1:
+                count = counts if isinstance(counts, int) else counts[0]
+                carry = step(carry, (pairs[0], count), ring)
+            elif isinstance(counts, int):
+                carry = jax.lax.scan(
+                    lambda c, p, n=counts, r=ring: (step(c, (p, n), r), None), carry, pairs
+                )[0]
+            else:
+                carry = jax.lax.scan(
+                    lambda c, xs, r=ring: (step(c, xs, r), None), carry, (pairs, counts)
+                )[0]
+        return carry
 
     def gather(self, tree: Any) -> Any:
         """All tokens of arrays [B, T, ...]."""
@@ -198,14 +229,15 @@ def _sequence_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[
 
 def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
     q_BGRTK, held = _heads_first(q, k, v, tokens)
-    running = blockwise.begin(q_BGRTK, held)
-    steps = split.placement.ring()
-    for (step, tiles), after in zip(steps, [*steps[1:], None], strict=True):
-        # Sent before it is needed: nothing below depends on it until the next step.
-        coming = split.send(held, distance=after[0] - step) if after else held
-        pairs = tiles.mine(split.axes)
+
+    def step(carry: tuple[Running, Keys], pairs: Pairs, ring: RingStep) -> tuple[Running, Keys]:
+        running, held = carry
+        # Sent before it is needed: the compute below, which needs it not, can hide the transfer.
+        coming = split.send(held, distance=ring.distance_out)
         running = blockwise.attend_tiles(running, q_BGRTK, tokens, held, pairs, split.scoring)
-        held = coming
+        return running, coming
+
+    running, _ = split.go_round(step, (blockwise.begin(q_BGRTK, held), held))
     out, log_total = blockwise.finish(running)
     return _ungroup(out, q.dtype), (q, k, v, _ungroup(log_total, jnp.float32))
 
@@ -216,35 +248,20 @@ def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, ou
     group = functools.partial(_group, num_groups=k.shape[2])
     result = Result(group(out_grad), group(log_total), group(_dot(out, out_grad)))
     zeros = blockwise.zero_gradients(q_BGRTK, held)
-    q_total, own, visiting = zeros.q, zeros, None
-    steps = split.placement.ring()
-    for (step, tiles), after in zip(steps, [*steps[1:], None], strict=True):
-        coming = split.send(held, distance=after[0] - step) if after else held
-        grads = blockwise.gradient_tiles(
-            Gradients(q_total, zeros.k, zeros.v),
-            q_BGRTK,
-            tokens,
-            result,
-            held,
-            tiles.mine(split.axes),
-            split.scoring,
-        )
-        q_total = grads.q
-        if step == 0:
-            own = grads
-        else:
-            # The gradients of a device's keys go round with them. They are added to after the
-            # step's compute, which so hides their transfer, and at last are sent home.
-            kv_grads = (grads.k, grads.v)
-            if visiting is not None:
-                kv_grads = jax.tree.map(jnp.add, visiting, kv_grads)
-            home = split.placement.num_devices if after is None else after[0]
-            visiting = split.send(kv_grads, distance=home - step)
-        held = coming
-    k_total, v_total = own.k, own.v
-    if visiting is not None:
-        k_total, v_total = k_total + visiting[0], v_total + visiting[1]
-    return _finish_gradients(Gradients(q_total, k_total, v_total), q, k, v)
+
+    def step(carry: tuple[Gradients, Keys], pairs: Pairs, ring: RingStep):
+        grads, held = carry
+        coming = split.send(held, distance=ring.distance_out)
+        # The gradients of keys go round with them, and are added to when they are here.
+        arriving = split.send(grads[1:], distance=ring.distance_in)
+        own = Gradients(grads.q, zeros.k, zeros.v)
+        own = blockwise.gradient_tiles(own, q_BGRTK, tokens, result, held, pairs, split.scoring)
+        return Gradients(own.q, *map(jnp.add, own[1:], arriving)), coming
+
+    grads, _ = split.go_round(step, (zeros, held))
+    last, _ = split.placement.ring()[-1]
+    home = split.send(grads[1:], distance=split.placement.num_devices - last if last else 0)
+    return _finish_gradients(Gradients(grads.q, *home), q, k, v)
 
 
 def _here(

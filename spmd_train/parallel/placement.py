@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +58,35 @@ class Tiles:
 
     def mine(self, axes: Sequence[str]) -> tuple[jax.Array, jax.Array | int]:
         """This device's pairs [N, 2] and their number, inside a `shard_map` over `axes`."""
-        same = bool((self.pairs == self.pairs[:1]).all() and (self.counts == self.counts[0]).all())
-        if same:
-            return jnp.asarray(self.pairs[0]), int(self.counts[0])
-        here = jax.lax.axis_index(tuple(axes))
-        even = bool((self.counts == self.counts[0]).all())
-        count = int(self.counts[0]) if even else jnp.asarray(self.counts)[here]
-        return jnp.asarray(self.pairs)[here], count
+        pairs, counts = stacked([self], axes)
+        return pairs[0], counts if isinstance(counts, int) else counts[0]
+
+
+def stacked(steps: Sequence[Tiles], axes: Sequence[str]) -> tuple[jax.Array, jax.Array | int]:
+    """This device's pairs of several steps [L, N, 2] and their numbers: [L], or one for all."""
+    longest = max(tiles.pairs.shape[1] for tiles in steps)
+    pairs = np.stack(
+        [np.pad(t.pairs, ((0, 0), (0, longest - t.pairs.shape[1]), (0, 0))) for t in steps], axis=1
+    )
+    counts = np.stack([tiles.counts for tiles in steps], axis=1)
+    here = 0 if (pairs == pairs[:1]).all() else jax.lax.axis_index(tuple(axes))
+    if (counts == counts[0, 0]).all():
+        return jnp.asarray(pairs)[here], int(counts[0, 0])
+    return jnp.asarray(pairs)[here], jnp.asarray(counts)[jax.lax.axis_index(tuple(axes))]
+
+
+class RingStep(NamedTuple):
+    """One or several steps of a ring that are alike.
+
+    Attributes:
+        tiles: of each; device i meets the keys of device i - s at step s.
+        distance_in: by how many devices keys came since the step before.
+        distance_out: by how many they go on to the next; 0: this is the last step.
+    """
+
+    tiles: list[Tiles]
+    distance_in: int
+    distance_out: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +144,20 @@ class Placement:
             if tiles.counts.any():
                 steps.append((s, tiles))
         return steps
+
+    def grouped_ring(self) -> list[RingStep]:
+        """The steps of `ring`: the first and the last alone, between them alike ones together."""
+        steps = self.ring()
+        places = [s for s, _ in steps]
+        distances = [b - a for a, b in pairwise(places)]
+        groups: list[RingStep] = []
+        for i, (_, tiles) in enumerate(steps):
+            step = RingStep([tiles], ([0, *distances])[i], ([*distances, 0])[i])
+            if i > 1 and step[1:] == groups[-1][1:] and len(groups) > 1:
+                groups[-1].tiles.append(tiles)
+            else:
+                groups.append(step)
+        return groups
 
     def gathered(self) -> Tiles:
         """Every device's queries against the keys of all, device after device."""
