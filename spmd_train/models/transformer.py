@@ -18,7 +18,7 @@ from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import SAVED_NAME, Projection
 from spmd_train.nn.routing import RoutingStats
-from spmd_train.parallel.rules import constrain, unshard
+from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard
 
 RESIDUAL = ("batch", "residual_sequence", None)
 
@@ -218,9 +218,10 @@ class Transformer(nnx.Module):
             block = nnx.merge(graphdef, params)
             return block(x, dropout=keys, cache=cache, **attention)
 
-        if config.remat != "none":
+        policy = keep_all_but_gathered() if config.remat == "none" else REMAT_POLICIES[config.remat]
+        if policy is not None:
             # prevent_cse is not needed inside a scan and costs barriers.
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         with jax.named_scope("blocks"):
             return jax.lax.scan(
                 layer,

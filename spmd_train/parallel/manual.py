@@ -6,7 +6,8 @@ once, and they can stand inside another `shard_map` (whose automatic derivative 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from spmd_train.parallel.rules import (
     axes_of,
     current_layout,
     current_platform,
+    dims_of,
     manual_axes,
     to_spec,
 )
@@ -29,7 +31,7 @@ Tree = Any
 
 
 def by_hand_over(
-    f: Callable[..., Any], layout: Layout, axes: Sequence[str], in_specs: Any, out_specs: Any
+    f: Callable[..., Any], layout: Layout, axes: Collection[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """`f` on each device's shards over `axes`; the other axes stay with XLA."""
     if not axes:
@@ -56,12 +58,23 @@ def psum(tree: Tree, axes: Sequence[str]) -> Tree:
     XLA's CPU compiler aborts over a bfloat16 sum in a `shard_map` that leaves axes to XLA.
     """
 
-    def one(x: jax.Array) -> jax.Array:
-        if current_platform() == "cpu" and x.dtype == jnp.bfloat16:
-            return jax.lax.psum(x.astype(jnp.float32), tuple(axes)).astype(x.dtype)
-        return jax.lax.psum(x, tuple(axes))
+    return jax.tree.map(_in_float32(lambda x: jax.lax.psum(x, tuple(axes))), tree)
 
-    return jax.tree.map(one, tree)
+
+def _psum_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    add = functools.partial(
+        jax.lax.psum_scatter, axis_name=tuple(axes), scatter_dimension=dim, tiled=True
+    )
+    return _in_float32(add)(x)
+
+
+def _in_float32(add: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def run(x: jax.Array) -> jax.Array:
+        if current_platform() == "cpu" and x.dtype == jnp.bfloat16:
+            return add(x.astype(jnp.float32)).astype(x.dtype)
+        return add(x)
+
+    return run
 
 
 def varying_zeros(
@@ -73,7 +86,42 @@ def varying_zeros(
     return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
-def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: LogicalAxes) -> jax.Array:
+def add_up_parts(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.Array:
+    """The sum of the parts that devices have of a parameter's gradient: ZeRO's reduce-scatter.
+
+    Args:
+        partial: [N, *shape], one part for each device of `axes`.
+        axes: mesh axes.
+        names: the parameter's logical axes; those on `axes` shard the sum.
+
+    Returns:
+        [*shape].
+    """
+    layout = current_layout()
+    if layout is None or not axes:
+        return partial[0]
+    spec = layout.activation_spec(partial.shape[1:], names)
+    dims = dims_of(spec, ndim=len(names))
+    kept = [tuple(a for a in dim if a not in axes) for dim in dims]
+    scattered = [tuple(a for a in dim if a in axes) for dim in dims]
+    copies = tuple(a for a in axes if a not in axes_of(spec))
+
+    def add(x: jax.Array) -> jax.Array:
+        x = x[0]
+        for dim, over in enumerate(scattered):
+            if over:
+                x = _psum_scatter(x, over, dim)
+        return psum(x, copies) if copies else x
+
+    # By hand over the axes that stay, too: XLA would gather them for a reduce-scatter.
+    by_hand = {*axes, *axes_of(spec)}
+    summed = to_spec([k + s for k, s in zip(kept, scattered, strict=True)])
+    return by_hand_over(add, layout, by_hand, to_spec([tuple(axes), *kept]), summed)(partial)
+
+
+def take_rows(
+    table_RD: jax.Array, ids: jax.Array, *, axes: tuple[str, str], tokens: LogicalAxes
+) -> jax.Array:
     """Looks up rows of a table whose rows may be sharded.
 
     Every device looks its own tokens up in its own rows; one sum over the rows' mesh axes completes
@@ -83,7 +131,7 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
     Args:
         table_RD: gathered over the batch's mesh axes.
         ids: int32, one dim per entry of `tokens`.
-        rows: logical axis of R.
+        axes: logical axes of R and D.
         tokens: logical axes of the ids.
 
     Returns:
@@ -95,8 +143,8 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
     ids_spec = layout.activation_spec(ids.shape, tokens)
     token_axes = axes_of(ids_spec)
     taken = (*token_axes, *manual_axes())
-    row_axes = tuple(a for a in layout.axes(rows) if a not in taken)
-    axes = (*row_axes, *token_axes)
+    row_axes = tuple(a for a in layout.axes(axes[0]) if a not in taken)
+    by_hand = (*row_axes, *token_axes)
     table_spec = to_spec([row_axes])
 
     def own(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -112,17 +160,17 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
         found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
         return psum(jnp.where(here[..., None], found, 0), row_axes)
 
-    def add_up(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
+    def own_gradient(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
         ids, here = own(ids, table.shape[0])
         # Rows of other devices are dropped: they are out of bounds.
         ids = jnp.where(here, ids, table.shape[0])
         zeros = varying_zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
         total = zeros.at[ids].add(g.astype(jnp.float32), mode="drop")
-        return psum(total.astype(table.dtype), token_axes) if token_axes else total
+        return total.astype(table.dtype)[None]
 
     @jax.custom_vjp
     def take(table: jax.Array, ids: jax.Array) -> jax.Array:
-        return by_hand_over(look_up, layout, axes, (table_spec, ids_spec), ids_spec)(table, ids)
+        return by_hand_over(look_up, layout, by_hand, (table_spec, ids_spec), ids_spec)(table, ids)
 
     def forward(table: jax.Array, ids: jax.Array):
         return take(table, ids), (table, ids)
@@ -130,8 +178,9 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
     def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
         table, ids = saved
         specs = (ids_spec, ids_spec, table_spec)
-        grad = by_hand_over(add_up, layout, axes, specs, table_spec)(ids, g, table)
-        return grad.astype(table.dtype), np.zeros(ids.shape, jax.dtypes.float0)
+        parts = to_spec([token_axes, row_axes])
+        partial = by_hand_over(own_gradient, layout, by_hand, specs, parts)(ids, g, table)
+        return add_up_parts(partial, token_axes, axes), np.zeros(ids.shape, jax.dtypes.float0)
 
     take.defvjp(forward, backward)
     return take(table_RD, ids)
@@ -142,6 +191,7 @@ def sum_over_tokens(
     hidden_BTD: jax.Array,
     kernel: jax.Array,
     *labels_BT: jax.Array,
+    kernel_axes: LogicalAxes,
     chunk: int,
 ) -> Tree:
     """Sums `f(hidden, kernel, *labels)` over devices and, on each, over chunks of the sequence.
@@ -155,6 +205,7 @@ def sum_over_tokens(
         hidden_BTD: activations.
         kernel: the same on all devices that split the batch and the sequence.
         *labels_BT: what else belongs to each token; not differentiated.
+        kernel_axes: its logical axes, by which its gradient is sharded.
         chunk: tokens of a device's sequence per chunk; if it does not divide them, the next
             smaller number that does.
 
@@ -206,7 +257,7 @@ def sum_over_tokens(
         zeros = varying_zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
         kernel_grad, hidden_grads = jax.lax.scan(add, zeros, parts)
         hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)
-        return hidden_grad, total(kernel_grad.astype(kernel.dtype))
+        return hidden_grad, kernel_grad.astype(kernel.dtype)[None]
 
     @jax.custom_vjp
     def summed(hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Tree:
@@ -218,15 +269,15 @@ def sum_over_tokens(
 
     def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
         specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
-        grads = by_hand(gradients_of, specs, (spec, P()))(g, *saved)
-        return *grads, *(no_gradient(x) for x in saved[2:])
+        hidden_grad, partial = by_hand(gradients_of, specs, (spec, to_spec([axes])))(g, *saved)
+        kernel_grad = add_up_parts(partial, axes, kernel_axes)
+        return hidden_grad, kernel_grad, *(no_gradient(x) for x in saved[2:])
 
     summed.defvjp(forward, backward)
     return summed(hidden_BTD, kernel, *labels_BT)
 
 
 def no_gradient(x: jax.Array) -> Any:
-    """The gradient of what is not differentiated."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)

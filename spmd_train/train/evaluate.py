@@ -24,13 +24,13 @@ def means(metrics: Metrics | dict[str, float]) -> dict[str, float]:
     Returns:
         `loss` and the rest, as Python floats. NaN where nothing was weighed.
     """
-    metrics = dict(metrics)
-    load, dropped = metrics.pop("expert_load", None), metrics.pop("expert_dropped", 0.0)
-    values = {name: float(v) for name, v in metrics.items()}
+    load = metrics.get("expert_load")
+    values = {name: float(v) for name, v in metrics.items() if name != "expert_load"}
+    dropped = values.pop("expert_dropped", 0.0)
     weight = values.pop("weight_sum")
     plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate") if n in values}
     values["loss"] = values.pop("loss_sum")
-    of_experts = {} if load is None else load_metrics(np.asarray(load), dropped=float(dropped))
+    of_experts = {} if load is None else load_metrics(np.asarray(load), dropped=dropped)
     return {n: v / weight if weight else math.nan for n, v in values.items()} | of_experts | plain
 
 
