@@ -46,7 +46,7 @@ class _Place(NamedTuple):
     """What a Hugging Face tensor holds: our parameters (several where fused), and where in them."""
 
     tensors: list[Tensor]
-    where: tuple[int, ...]
+    at: tuple[int, ...]
 
 
 def load_params(
@@ -90,9 +90,9 @@ def _load_leaf(
         if ranges not in shards:  # Devices that hold the same shard share it.
             shards[ranges] = np.empty([stop - start for start, stop in ranges], leaf.dtype)
             outer, inner = ranges[:stacked], ranges[stacked:]
-            for layer in itertools.product(*(range(*r) for r in outer)):
-                part = tensor.read(shape, inner, stored[tensor.name_of(layer)].read)
-                here = tuple(i - start for i, (start, _) in zip(layer, outer, strict=True))
+            for at in itertools.product(*(range(*r) for r in outer)):
+                part = tensor.read(shape, inner, stored[tensor.name_of(at)].read)
+                here = tuple(i - start for i, (start, _) in zip(at, outer, strict=True))
                 shards[ranges][here] = part
         return shards[ranges]
 
@@ -223,8 +223,8 @@ def to_hf(
         ConfigError: no architecture does what the model does.
     """
     leaves = _leaves(params)
-    for name, (tensors, index) in _places(_architecture(config, moe), leaves).items():
-        yield name, tensors[0].write([_fetch(leaves[t.path], index) for t in tensors])
+    for name, (tensors, at) in _places(_architecture(config, moe), leaves).items():
+        yield name, tensors[0].write([_fetch(leaves[t.path], at) for t in tensors])
 
 
 def hf_shapes(
@@ -248,8 +248,8 @@ def _places(architecture: Architecture, leaves: Mapping[str, Any]) -> dict[str, 
     for tensor in architecture.tensors:
         if tensor.path in leaves:
             stacked = leaves[tensor.path].shape[: tensor.num_stacked]
-            for index in itertools.product(*map(range, stacked)):
-                place = places.setdefault(tensor.name_of(index), _Place([], index))
+            for at in itertools.product(*map(range, stacked)):
+                place = places.setdefault(tensor.name_of(at), _Place([], at))
                 place.tensors.append(tensor)
     placed = {tensor.path for place in places.values() for tensor in place.tensors}
     assert placed == set(leaves), f"{architecture.name}: no place for {set(leaves) - placed}"
@@ -260,10 +260,10 @@ def _leaves(tree: Tree) -> dict[str, Any]:
     return {leaf_path(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _fetch(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    if index:
-        inner = leaf.shape[len(index) :]
-        start, sizes = (*index, *[0] * len(inner)), (*[1] * len(index), *inner)
+def _fetch(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+    if at:
+        inner = leaf.shape[len(at) :]
+        start, sizes = (*at, *[0] * len(inner)), (*[1] * len(at), *inner)
         x = jax.lax.dynamic_slice(leaf, start, sizes).reshape(inner)
     else:
         x = jnp.copy(leaf)  # An array keeps the host copy once made of it; this one goes away.

@@ -30,8 +30,20 @@ from jax.sharding import PartitionSpec as P
 from spmd_train.config import MESH_AXES, MoEConfig
 from spmd_train.nn.projection import grouped_project
 from spmd_train.nn.routing import Routing, expert_capacity
-from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque, psum
-from spmd_train.parallel.rules import current_layout, dims_of, manual_axes, to_spec
+from spmd_train.parallel.manual import (
+    add_up_parts,
+    by_hand_over,
+    no_gradient,
+    opaque,
+    psum,
+)
+from spmd_train.parallel.rules import (
+    LogicalAxes,
+    current_layout,
+    dims_of,
+    manual_axes,
+    to_spec,
+)
 
 Kernels = Mapping[str, jax.Array]
 """`up` [E, D, F], `down` [E, F, D] and, where the MLP is gated, `gate` [E, D, F]."""
@@ -183,6 +195,33 @@ class _Exchange:
         return self._all_to_all(out.reshape(x, -1, rows_RD.shape[1])).reshape(rows_RD.shape)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    """In the place of a residual that is an argument: there is no need to save it twice."""
+
+    index: int
+
+
+def _without(pull: Any, args: Any) -> Any:
+    leaves = {id(leaf): _Argument(i) for i, leaf in enumerate(jax.tree.leaves(args))}
+    return jax.tree.map(lambda leaf: leaves.get(id(leaf), leaf), pull)
+
+
+def _with(pull: Any, args: Any) -> Any:
+    leaves = jax.tree.leaves(args)
+    return jax.tree.map(
+        lambda leaf: leaves[leaf.index] if isinstance(leaf, _Argument) else leaf,
+        pull,
+        is_leaf=lambda leaf: isinstance(leaf, _Argument),
+    )
+
+
+def kernel_axes(name: str) -> LogicalAxes:
+    """Logical axes of an expert's kernel: those of `down`, or of the others."""
+    return ("expert", "mlp", "embed") if name == "down" else ("expert", "embed", "mlp")
+
+
 def _sizes(expert_R: jax.Array, num_experts: int) -> jax.Array:
     of_each = expert_R[:, None] == jnp.arange(num_experts, dtype=jnp.int32)
     return jnp.sum(of_each, axis=0, dtype=jnp.int32)
@@ -304,26 +343,29 @@ def run_experts(
         y, pull = jax.vjp(lambda *args: add_up(*args, *sort, index=0), *args)
         y = more_rounds(sort[1], y, lambda i, sums: sums + add_up(*args, *sort, index=i))
         y = total(y.astype(x.dtype), mlp_axes)
-        return y, jax.tree.map(lambda leaf: leaf[None], pull)
+        return y, jax.tree.map(lambda leaf: leaf[None], _without(pull, args))
 
     def gradients(
         pull: Any, g: jax.Array, x: jax.Array, weights: jax.Array, kernels: Kernels, experts
     ):
         args, g = varying((x, weights, kernels)), varying(g.astype(jnp.float32))
         sort = sort_choices(varying(experts))
-        grads = jax.tree.map(lambda leaf: leaf[0], pull)(g)
+        grads = _with(jax.tree.map(lambda leaf: leaf[0], pull), args)(g)
 
         def add(index: jax.Array, sums: Any) -> Any:
             more = jax.vjp(lambda *args: add_up(*args, *sort, index=index), *args)[1](g)
             return jax.tree.map(jnp.add, sums, more)
 
         dx, dweights, dkernels = more_rounds(sort[1], grads, add)
-        others = tuple(a for a in token_axes if a not in expert_axes)
-        return *total((dx, dweights), mlp_axes), total(dkernels, others)
+        dkernels = jax.tree.map(lambda part: part[None], dkernels)
+        return *total((dx, dweights), mlp_axes), dkernels
 
     spec = to_spec(token_dims)
-    up = to_spec([expert_axes, (), mlp_axes])
-    kernel_specs = {name: up for name in kernels} | {"down": to_spec([expert_axes, mlp_axes, ()])}
+    copies = tuple(a for a in token_axes if a not in expert_axes)
+    kernel_dims = {name: [expert_axes, (), mlp_axes] for name in kernels}
+    kernel_dims["down"] = [expert_axes, mlp_axes, ()]
+    kernel_specs = {name: to_spec(dims) for name, dims in kernel_dims.items()}
+    parts_specs = {name: to_spec([copies, *dims]) for name, dims in kernel_dims.items()}
     in_specs = (spec, spec, kernel_specs, spec)
     each = P(axes)
     # No axis stays with XLA: a kernel of a platform's own cannot be partitioned.
@@ -342,8 +384,13 @@ def run_experts(
 
     def backward(saved: Any, g: jax.Array):
         pull, args = saved
-        run = by_hand(gradients, in_specs=(each, spec, *in_specs), out_specs=in_specs[:3])
-        return *opaque(run)(pull, g, *args), no_gradient(args[3])
+        specs = (each, spec, *in_specs)
+        run = by_hand(gradients, in_specs=specs, out_specs=(spec, spec, parts_specs))
+        dx, dweights, parts = opaque(run)(pull, g, *args)
+        dkernels = {
+            name: add_up_parts(part, copies, kernel_axes(name)) for name, part in parts.items()
+        }
+        return dx, dweights, dkernels, no_gradient(args[3])
 
     run.defvjp(forward, backward)
     return run(x_BTD, routing.weights, dict(kernels), routing.experts)

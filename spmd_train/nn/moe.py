@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spmd_train.config import ModelConfig, MoEConfig
-from spmd_train.nn.dispatch import run_experts
+from spmd_train.nn.dispatch import kernel_axes, run_experts
 from spmd_train.nn.mlp import MLP
 from spmd_train.nn.params import Initializer, ModelState, normal, param
 from spmd_train.nn.projection import dot_float32
@@ -35,10 +35,10 @@ class Experts(nnx.Module):
         d, f, e = config.embed_dim, moe.expert_width(config), moe.num_experts
         common = {"dtype": config.param_dtype, "rngs": rngs}
         into = {"init": normal(config.init_scale), **common}
-        axes = ("expert", "embed", "mlp")
+        axes = kernel_axes("up")
         self.gate = Kernel((e, d, f), axes, **into) if config.mlp == "swiglu" else None
         self.up = Kernel((e, d, f), axes, **into)
-        self.down = Kernel((e, f, d), ("expert", "mlp", "embed"), init=normal(out_scale), **common)
+        self.down = Kernel((e, f, d), kernel_axes("down"), init=normal(out_scale), **common)
 
     def kernels(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
         """Name to kernel, [E, in, out]."""

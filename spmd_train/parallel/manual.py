@@ -6,6 +6,7 @@ once, and they can stand inside another `shard_map` (whose automatic derivative 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -57,12 +58,23 @@ def psum(tree: Tree, axes: Sequence[str]) -> Tree:
     XLA's CPU compiler aborts over a bfloat16 sum in a `shard_map` that leaves axes to XLA.
     """
 
-    return jax.tree.map(lambda x: jax.lax.psum(_summable(x), tuple(axes)).astype(x.dtype), tree)
+    return jax.tree.map(_in_float32(lambda x: jax.lax.psum(x, tuple(axes))), tree)
 
 
-def _summable(x: jax.Array) -> jax.Array:
-    cpu_bfloat16 = current_platform() == "cpu" and x.dtype == jnp.bfloat16
-    return x.astype(jnp.float32) if cpu_bfloat16 else x
+def _psum_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    add = functools.partial(
+        jax.lax.psum_scatter, axis_name=tuple(axes), scatter_dimension=dim, tiled=True
+    )
+    return _in_float32(add)(x)
+
+
+def _in_float32(add: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def run(x: jax.Array) -> jax.Array:
+        if current_platform() == "cpu" and x.dtype == jnp.bfloat16:
+            return add(x.astype(jnp.float32)).astype(x.dtype)
+        return add(x)
+
+    return run
 
 
 def varying_zeros(
@@ -74,7 +86,7 @@ def varying_zeros(
     return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
-def _add_up(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.Array:
+def add_up_parts(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.Array:
     """The sum of the parts that devices have of a parameter's gradient: ZeRO's reduce-scatter.
 
     Args:
@@ -95,11 +107,11 @@ def _add_up(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.
     copies = tuple(a for a in axes if a not in axes_of(spec))
 
     def add(x: jax.Array) -> jax.Array:
-        x = _summable(x[0])
+        x = x[0]
         for dim, over in enumerate(scattered):
             if over:
-                x = jax.lax.psum_scatter(x, over, scatter_dimension=dim, tiled=True)
-        return (psum(x, copies) if copies else x).astype(partial.dtype)
+                x = _psum_scatter(x, over, dim)
+        return psum(x, copies) if copies else x
 
     # By hand over the axes that stay, too: XLA would gather them for a reduce-scatter.
     by_hand = {*axes, *axes_of(spec)}
@@ -168,7 +180,7 @@ def take_rows(
         specs = (ids_spec, ids_spec, table_spec)
         parts = to_spec([token_axes, row_axes])
         partial = by_hand_over(own_gradient, layout, by_hand, specs, parts)(ids, g, table)
-        return _add_up(partial, token_axes, axes), np.zeros(ids.shape, jax.dtypes.float0)
+        return add_up_parts(partial, token_axes, axes), np.zeros(ids.shape, jax.dtypes.float0)
 
     take.defvjp(forward, backward)
     return take(table_RD, ids)
@@ -258,7 +270,7 @@ def sum_over_tokens(
     def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
         specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
         hidden_grad, partial = by_hand(gradients_of, specs, (spec, to_spec([axes])))(g, *saved)
-        kernel_grad = _add_up(partial, axes, kernel_axes)
+        kernel_grad = add_up_parts(partial, axes, kernel_axes)
         return hidden_grad, kernel_grad, *(no_gradient(x) for x in saved[2:])
 
     summed.defvjp(forward, backward)
@@ -266,7 +278,6 @@ def sum_over_tokens(
 
 
 def no_gradient(x: jax.Array) -> Any:
-    """The gradient of what is not differentiated."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)

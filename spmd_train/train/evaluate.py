@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,13 +24,13 @@ def means(metrics: Metrics | dict[str, float]) -> dict[str, float]:
     Returns:
         `loss` and the rest, as Python floats. NaN where nothing was weighed.
     """
-    sums: dict[str, Any] = dict(metrics)
-    load, dropped = sums.pop("expert_load", None), sums.pop("expert_dropped", 0.0)
-    values = {name: float(v) for name, v in sums.items()}
+    load = metrics.get("expert_load")
+    values = {name: float(v) for name, v in metrics.items() if name != "expert_load"}
+    dropped = values.pop("expert_dropped", 0.0)
     weight = values.pop("weight_sum")
     plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate", "skipped") if n in values}
     values["loss"] = values.pop("loss_sum")
-    of_experts = {} if load is None else load_metrics(np.asarray(load), dropped=float(dropped))
+    of_experts = {} if load is None else load_metrics(np.asarray(load), dropped=dropped)
     return {n: v / weight if weight else math.nan for n, v in values.items()} | of_experts | plain
 
 
