@@ -278,6 +278,7 @@ def sum_over_tokens(
 
 
 def no_gradient(x: jax.Array) -> Any:
+    """The cotangent of an array that is not differentiated."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)
