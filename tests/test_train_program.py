@@ -25,7 +25,7 @@ from helpers import (
     run_steps,
 )
 
-from spmd_train import experiment
+from spmd_train import training
 from spmd_train.config import (
     DataConfig,
     ExperimentConfig,
@@ -98,7 +98,7 @@ def test_train_compiles_each_function_once(
 
     monkeypatch.setattr(Writers, "write", noting)
     start = len(compiled)
-    experiment.train(config, workdir=tmp_path / "run")
+    training.train(config, workdir=tmp_path / "run")
     functions = Counter(compiled[start:])
     assert functions["jit(train_step)"] == 1, functions
     assert functions["jit(eval_step)"] == 1, functions
@@ -224,7 +224,7 @@ def test_train_in_bfloat16_learns_the_same(sizes: dict[str, int]) -> None:
 def test_train_gradients_of_low_precision_accumulate_in_float32() -> None:
     """Of 256 microbatches whose gradients are 1 each: bfloat16 would stop adding up at 256."""
     program = program_of({"data": 8}, model=dataclasses.replace(MODEL, param_dtype="bfloat16"))
-    from spmd_train.tasks import LossOutput  # noqa: PLC0415
+    from spmd_train.tasks import LossOutput
 
     def loss(params, batch):
         weight = jnp.sum(batch["weights"])
