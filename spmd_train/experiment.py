@@ -96,6 +96,7 @@ def build(config: ExperimentConfig, *, devices: Sequence[Any] | None = None) -> 
         sharding=config.sharding,
         optimizer=config.optimizer,
         train=config.train,
+        pipeline=config.pipeline,
     )
     return Experiment(config=config, task=task, program=program)
 

@@ -27,13 +27,14 @@ class Conflict(NamedTuple):
     message: str
 
 
-_UNAVAILABLE_AXES = ("replica", "pipeline", "expert", "context")
+_UNAVAILABLE_AXES = ("replica", "expert", "context")
 
 
 def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
     """All contradictions in a config whose single values are each allowed."""
     yield from _mesh_conflicts(config.mesh)
     yield from _sharding_conflicts(config.sharding)
+    yield from _pipeline_conflicts(config.pipeline)
     yield from _model_conflicts(config.model)
     yield from _data_conflicts(config.data)
     yield from _length_conflicts(config)
@@ -54,8 +55,19 @@ def _mesh_conflicts(mesh: schema.MeshConfig) -> Iterator[Conflict]:
             yield Conflict(
                 {path: size},
                 "this axis is not yet possible in this version and must be 1; "
-                "use mesh.data, mesh.fsdp and mesh.tensor",
+                "use mesh.data, mesh.fsdp, mesh.pipeline and mesh.tensor",
             )
+
+
+def _pipeline_conflicts(pipeline: schema.PipelineConfig) -> Iterator[Conflict]:
+    if pipeline.schedule != "interleaved" and pipeline.virtual_stages > 1:
+        yield Conflict(
+            {
+                "pipeline.schedule": pipeline.schedule,
+                "pipeline.virtual_stages": pipeline.virtual_stages,
+            },
+            "only the schedule interleaved has more than one virtual stage on a device",
+        )
 
 
 def _sharding_conflicts(sharding: schema.ShardingConfig) -> Iterator[Conflict]:

@@ -36,8 +36,7 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "positions": (),
     "norm": (),
-    "layers": (),
-    "stage": ("pipeline",),
+    "layers": ("pipeline",),
     "expert": ("expert",),
 }
 

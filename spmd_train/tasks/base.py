@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 
 from spmd_train.parallel.rules import LogicalAxes
+from spmd_train.parallel.stages import Layers
 
 Batch = Mapping[str, jax.Array]
 
@@ -44,4 +45,48 @@ class Task(Protocol):
 
     def loss(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> LossOutput:
         """The loss of a batch; `key` is the step's random key, None in evaluation."""
+        ...
+
+
+@runtime_checkable
+class LayeredTask(Task, Protocol):
+    """A task whose model is like layers between an embedding and a head, so that it has stages.
+
+    `loss` is `head` of `run_layers` of `embed`. The model's parameters of the layers are stacked
+    along the first dim, under the one key `stack`.
+    """
+
+    @property
+    def stack(self) -> str:
+        """Where the layers are among the parameters."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        ...
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of activations and of the matrices they are multiplied by."""
+        ...
+
+    def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
+        """What enters the first layer, [B, T, D]."""
+        ...
+
+    def run_layers(
+        self,
+        model: nnx.Module,
+        x: jax.Array,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        layers: Layers | None,
+    ) -> jax.Array:
+        """What leaves the layers that the model has; `layers` says which those are, None: all."""
+        ...
+
+    def head(self, model: nnx.Module, x: jax.Array, batch: Batch) -> LossOutput:
+        """The loss, from what leaves the last layer."""
         ...

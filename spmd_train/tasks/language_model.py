@@ -11,9 +11,10 @@ from flax import nnx
 from spmd_train.config import LossConfig, ModelConfig
 from spmd_train.models.transformer import Transformer
 from spmd_train.nn.attention import Tokens
-from spmd_train.nn.dropout import dropout_keys
+from spmd_train.nn.dropout import DropoutKeys, dropout_keys
 from spmd_train.nn.loss import cross_entropy_sums
 from spmd_train.parallel.rules import LogicalAxes
+from spmd_train.parallel.stages import Layers
 from spmd_train.tasks.base import Batch, LossOutput
 
 
@@ -28,6 +29,21 @@ class LanguageModel:
     model_config: ModelConfig
     loss_config: LossConfig
     sequence_length: int
+
+    @property
+    def stack(self) -> str:
+        """Where the layers are among the parameters."""
+        return "blocks"
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of activations and matmuls."""
+        return self.model_config.compute_dtype
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer blocks."""
+        return self.model_config.num_layers
 
     def make_model(self, key: jax.Array) -> Transformer:
         """Builds the transformer."""
@@ -52,11 +68,34 @@ class LanguageModel:
 
     def loss(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> LossOutput:
         """Cross-entropy in nats, plus the z-loss; metrics `cross_entropy` and `accuracy`."""
+        x_BTD = self.embed(model, batch, key=key)
+        x_BTD = self.run_layers(model, x_BTD, batch, key=key, layers=None)
+        return self.head(model, x_BTD, batch)
+
+    def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
+        """What enters the first block, [B, T, D]."""
         assert isinstance(model, Transformer)
-        rate = self.model_config.dropout
-        dropout = dropout_keys(rate, key, batch["row"]) if rate and key is not None else None
-        tokens = Tokens(batch["segment_ids"], batch["positions"])
-        hidden_BTD, _ = model(batch["tokens"], tokens=tokens, dropout=dropout)
+        tokens, dropout = self._tokens(batch), self._dropout(batch, key)
+        return model.embed(batch["tokens"], tokens=tokens, dropout=dropout)
+
+    def run_layers(
+        self,
+        model: nnx.Module,
+        x: jax.Array,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        layers: Layers | None,
+    ) -> jax.Array:
+        """What leaves the blocks, [B, T, D]."""
+        assert isinstance(model, Transformer)
+        tokens, dropout = self._tokens(batch), self._dropout(batch, key)
+        return model.run_blocks(x, tokens=tokens, dropout=dropout, layers=layers)[0]
+
+    def head(self, model: nnx.Module, x: jax.Array, batch: Batch) -> LossOutput:
+        """The loss of what leaves the last block."""
+        assert isinstance(model, Transformer)
+        hidden_BTD = model.finish(x)
         with jax.named_scope("loss"):
             sums = cross_entropy_sums(
                 hidden_BTD,
@@ -71,3 +110,10 @@ class LanguageModel:
             weight_sum=jnp.sum(batch["weights"]),
             metric_sums={"cross_entropy": sums.cross_entropy, "accuracy": sums.correct},
         )
+
+    def _tokens(self, batch: Batch) -> Tokens:
+        return Tokens(batch["segment_ids"], batch["positions"])
+
+    def _dropout(self, batch: Batch, key: jax.Array | None) -> DropoutKeys | None:
+        rate = self.model_config.dropout
+        return dropout_keys(rate, key, batch["row"]) if rate and key is not None else None

@@ -17,12 +17,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd_train.config import ConfigError, OptimizerConfig, ShardingConfig, TrainConfig
+from spmd_train.config import (
+    ConfigError,
+    OptimizerConfig,
+    PipelineConfig,
+    ShardingConfig,
+    TrainConfig,
+)
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
 from spmd_train.parallel.rules import Layout, make_rules, use_layout
 from spmd_train.tasks import Batch, LossOutput, Task
 from spmd_train.train.accumulate import sum_gradients
+from spmd_train.train.pipeline import Pipeline, make_pipeline, pipeline_rules
 from spmd_train.train.state import FunctionalModel, Params, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -44,6 +51,7 @@ class Program:
             are replicated scalars: sums over tokens (`loss_sum`, `weight_sum`, the task's own),
             `grad_norm` before clipping, `learning_rate`.
         eval_step: `eval_step(params, batch) -> metrics`: the sums of one batch.
+        pipeline: the tick loop of the steps; None on a mesh of one stage.
     """
 
     model: FunctionalModel
@@ -55,6 +63,7 @@ class Program:
     init_from: Callable[[Params], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[Params, Batch], Metrics]
+    pipeline: Pipeline | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -74,6 +83,7 @@ def make_program(
     sharding: ShardingConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
+    pipeline: PipelineConfig | None = None,
 ) -> Program:
     """Builds the program of a task on a mesh; compiles nothing yet.
 
@@ -83,6 +93,7 @@ def make_program(
         sharding: rules and overrides.
         optimizer: which, with its schedule.
         train: batch size, accumulation, seed and number of steps.
+        pipeline: the schedule, where the mesh has stages; None: the default.
 
     Returns:
         The program.
@@ -91,7 +102,8 @@ def make_program(
         ConfigError: the plan is impossible, or the batch does not divide over the mesh.
     """
     model = FunctionalModel(task)
-    rules = make_rules(sharding)
+    pipeline = pipeline or PipelineConfig()
+    rules = pipeline_rules(make_rules(sharding), sharding, pipeline, task=task, mesh=mesh)
     param_plans = plan_params(
         model.abstract_params,
         model.logical_axes,
@@ -101,6 +113,7 @@ def make_program(
     )
     layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
     _check_batch(train, layout)
+    pipe = make_pipeline(task, model=model, layout=layout, config=pipeline, train=train)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
     transform = make_optimizer(
@@ -129,9 +142,16 @@ def make_program(
             def loss(params: Params, microbatch: Batch) -> LossOutput:
                 return task.loss(model.merge(params), microbatch, key=key)
 
-            grads, sums = sum_gradients(
-                loss, state.params, batch, num_microbatches=train.grad_accumulation, layout=layout
-            )
+            if pipe is not None:
+                grads, sums, _ = pipe.gradients(state.params, batch, key=key)
+            else:
+                grads, sums = sum_gradients(
+                    loss,
+                    state.params,
+                    batch,
+                    num_microbatches=train.grad_accumulation,
+                    layout=layout,
+                )
             with jax.named_scope("optimizer"):
                 updates, opt_state = transform.update(grads, state.opt_state, state.params)
                 params: Any = optax.apply_updates(state.params, updates)
@@ -146,6 +166,8 @@ def make_program(
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
+            if pipe is not None:
+                return _metrics(pipe.sums(params, batch))
             return _metrics(task.loss(model.merge(params), batch, key=None))
 
     abstract = jax.eval_shape(init, 0)
@@ -186,6 +208,7 @@ def make_program(
             in_shardings=(shardings.params, batch_shardings),
             out_shardings=replicated,
         ),
+        pipeline=pipe,
     )
 
 

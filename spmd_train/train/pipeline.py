@@ -1,0 +1,532 @@
+"""The tick loop: a pipeline schedule inside one jitted program.
+
+One `shard_map` takes the pipeline axis by hand, and with it the axes that copy the model (`replica`,
+`data`) and, with `pipeline.gather = "step"`, `fsdp`. In it a scan goes through the schedule's
+ticks. Each slot of a tick is under a `lax.cond`, so that a device that has nothing to do computes
+nothing. Only inputs of stages are kept between F and B; a B computes its stage once more. Between
+ticks, activations go to the next device and gradients to the one before.
+
+Tensor parallelism inside a stage stays with XLA: its collectives stand inside the branches, and all
+devices of such a group take the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from spmd_train.config import ConfigError, PipelineConfig, ShardingConfig, TrainConfig
+from spmd_train.parallel import stages as stages_lib
+from spmd_train.parallel.rules import Layout, constrain, dims_of, leaf_path, manual_axes, to_spec
+from spmd_train.parallel.schedules import (
+    Columns,
+    Schedule,
+    columns,
+    forward_only,
+    make_schedule,
+)
+from spmd_train.parallel.stages import AXIS, Layers, Stages
+from spmd_train.tasks import Batch, LayeredTask, LossOutput, Task
+from spmd_train.train.state import FunctionalModel, Params
+
+log = logging.getLogger(__name__)
+
+Tree = Any
+ACTIVATION = ("batch", "residual_sequence", None)
+
+
+class Calls(NamedTuple):
+    """Units whose layers were computed, over all devices that share no work: int32 scalars."""
+
+    forward: jax.Array
+    backward: jax.Array
+    weights: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What the tick loop needs to know.
+
+    Attributes:
+        task: what is learnt.
+        model: its module as a function of parameters.
+        layout: mesh, rules and specs.
+        schedule: the table.
+        stages: which layers lie where.
+        num_parts: accumulation parts; each goes through the whole schedule.
+        gather: `step` or `microbatch`.
+    """
+
+    task: LayeredTask
+    model: FunctionalModel
+    layout: Layout
+    schedule: Schedule
+    stages: Stages
+    num_parts: int
+    gather: str
+
+    @property
+    def hand(self) -> tuple[str, ...]:
+        """Mesh axes that the loop takes by hand."""
+        names = ("replica", "data", "fsdp") if self.gather == "step" else ("replica", "data")
+        return AXIS, *(a for a in self.layout.axes("batch") if a in names)
+
+    def gradients(
+        self, params: Params, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[Params, LossOutput, Calls]:
+        """As `sum_gradients`: gradients of the mean loss in float32, and the sums of the batch."""
+        scale = 1.0 / math.prod(next(iter(batch.values())).shape)
+        loop = functools.partial(_gradients, self, scale=scale)
+        grads, sums, calls = self._by_hand(loop, params, batch, key, with_grads=True)
+        factor = 1.0 / (scale * jnp.maximum(sums.weight_sum, 1.0))
+        return jax.tree.map(lambda g: g * factor, grads), sums, calls
+
+    def sums(self, params: Params, batch: Batch) -> LossOutput:
+        """The sums of a batch: a forward pass, for evaluation."""
+        return self._by_hand(functools.partial(_sums, self), params, batch, None, with_grads=False)
+
+    def _by_hand(self, loop: Any, params: Params, batch: Batch, key: Any, *, with_grads: bool):
+        def spec(path: Any, _: Any) -> P:
+            return to_spec(self._hand_dims(path))
+
+        specs = jax.tree_util.tree_map_with_path(spec, params)
+        copies = tuple(a for a in self.hand if a != AXIS)
+        rows = {name: P(copies) for name in batch}
+        # A device learns its place from data: an axis index is not known to every partitioner.
+        place = np.arange(self.stages.num_devices), self.stages.layers
+        f = jax.shard_map(
+            loop,
+            mesh=self.layout.mesh,
+            in_specs=(specs, rows, P(), P(AXIS)),
+            out_specs=(specs, P(), P()) if with_grads else P(),
+            axis_names=set(self.hand),
+        )
+        return f(params, batch, key, jax.tree.map(jnp.asarray, place))
+
+    def _hand_dims(self, path: Any) -> stages_lib.Dims:
+        planned = self.layout.param_specs[leaf_path(path)]
+        return stages_lib.by_hand(dims_of(planned, ndim=len(planned)), self.hand)
+
+    def is_stacked(self, path: Any) -> bool:
+        """Whether a leaf holds layers."""
+        return leaf_path(path).split("/")[0] == self.task.stack
+
+    def auto(self, tree: Params) -> Params:
+        """Whole leaves, or accumulators of their gradients, with what XLA shards of them pinned.
+
+        Stacked leaves are [V, N, ...], chunk by chunk.
+        """
+
+        def one(path: Any, x: jax.Array) -> jax.Array:
+            planned = self.layout.param_specs[leaf_path(path)]
+            dims = dims_of(planned, ndim=len(planned))
+            dims = [tuple(a for a in dim if a not in self.hand) for dim in dims]
+            if self.is_stacked(path):
+                dims = [(), (), *dims[1:]]
+            return jax.lax.with_sharding_constraint(x, to_spec(dims))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def whole(self, params: Params, own: jax.Array) -> Params:
+        """Parameters of this device's stages, from its shards."""
+        dtype = jnp.dtype(self.task.compute_dtype)
+
+        def one(path: Any, w: jax.Array) -> jax.Array:
+            stacked = self.is_stacked(path)
+            w = w.astype(dtype) if w.ndim - stacked >= 2 else w
+            w = stages_lib.gather(
+                w,
+                self._hand_dims(path),
+                own_layers=own.reshape(-1) if stacked else None,
+                all_layers=self.stages.layers,
+            )
+            return w.reshape(*own.shape, *w.shape[1:]) if stacked else w
+
+        return self.auto(jax.tree_util.tree_map_with_path(one, params))
+
+    def reduced(self, grads: Params, own: jax.Array) -> Params:
+        """The way back, summed over all axes by hand."""
+
+        def one(path: Any, g: jax.Array) -> jax.Array:
+            stacked = self.is_stacked(path)
+            return stages_lib.reduce(
+                g.reshape(-1, *g.shape[2:]) if stacked else g,
+                self._hand_dims(path),
+                own_layers=own.reshape(-1) if stacked else None,
+                all_layers=self.stages.layers,
+                num_layers=self.stages.num_layers,
+                hand=self.hand,
+            )
+
+        return jax.tree_util.tree_map_with_path(one, grads)
+
+
+def pipeline_rules(
+    rules: Mapping[str, tuple[str, ...]],
+    sharding: ShardingConfig,
+    config: PipelineConfig,
+    *,
+    task: Task,
+    mesh: Mesh,
+) -> dict[str, tuple[str, ...]]:
+    """The rule table for these stages: where the layers cannot lie stage by stage, `embed` does it.
+
+    A device's even part of the layers is its stage only where the layers divide and it has one
+    chunk. Otherwise all layers are sharded over `pipeline` on their `embed` dim, and one all-to-all
+    per step brings each device its own; the config's own rules come first.
+    """
+    rules = dict(rules)
+    if mesh.shape[AXIS] == 1:
+        return rules
+    stages = _make_stages(task, mesh, config)
+    if not stages.in_order and "layers" not in sharding.rules and "embed" not in sharding.rules:
+        rules["layers"] = ()
+        # Of axes on one dim, those by hand must be the outer ones.
+        embed = rules["embed"]
+        rules["embed"] = (*embed, AXIS) if config.gather == "step" else (AXIS, *embed)
+    return rules
+
+
+def _make_stages(task: Task, mesh: Mesh, config: PipelineConfig) -> Stages:
+    if not isinstance(task, LayeredTask):
+        raise ConfigError(
+            f"mesh.pipeline: {mesh.shape[AXIS]} stages, but the task has no layers to divide among "
+            "them; set mesh.pipeline to 1"
+        )
+    return stages_lib.make_stages(
+        task.num_layers,
+        num_devices=mesh.shape[AXIS],
+        num_chunks=config.resolved_virtual_stages,
+    )
+
+
+def make_pipeline(
+    task: Task,
+    *,
+    model: FunctionalModel,
+    layout: Layout,
+    config: PipelineConfig,
+    train: TrainConfig,
+) -> Pipeline | None:
+    """The tick loop for a mesh; None where it has one stage.
+
+    Raises:
+        ConfigError: the layers do not fill the stages, or the batch does not divide.
+    """
+    mesh = layout.mesh
+    if mesh.shape[AXIS] == 1:
+        return None
+    stages = _make_stages(task, mesh, config)
+    assert isinstance(task, LayeredTask)
+    schedule = make_schedule(
+        config.schedule,
+        num_stages=stages.num_devices,
+        num_microbatches=_num_microbatches(config, train, layout),
+        num_chunks=stages.num_chunks,
+    )
+    if schedule.num_microbatches < schedule.num_stages:
+        log.warning(
+            "pipeline.num_microbatches: %d microbatches do not fill %d stages: a device waits "
+            "%.0f%% of the time; %d would make that %.0f%%",
+            schedule.num_microbatches,
+            schedule.num_stages,
+            100 * schedule.bubble(),
+            4 * schedule.num_stages,
+            100
+            * make_schedule(
+                config.schedule,
+                num_stages=stages.num_devices,
+                num_microbatches=4 * schedule.num_stages,
+                num_chunks=stages.num_chunks,
+            ).bubble(),
+        )
+    pipe = Pipeline(
+        task=task,
+        model=model,
+        layout=layout,
+        schedule=schedule,
+        stages=stages,
+        num_parts=train.grad_accumulation,
+        gather=config.gather,
+    )
+    for path, spec in layout.param_specs.items():
+        dims = dims_of(spec, ndim=1)
+        if path.split("/")[0] == task.stack and AXIS in dims[0] and not stages.in_order:
+            raise ConfigError(
+                f"sharding: {path} has its layers over mesh axis {AXIS!r}, but these stages are no "
+                f"even parts in order ({task.num_layers} layers, {stages.num_devices} stages, "
+                f"{stages.num_chunks} chunks each); shard another dim of it over {AXIS}, or none"
+            )
+    return pipe
+
+
+def _num_microbatches(config: PipelineConfig, train: TrainConfig, layout: Layout) -> int:
+    axes = layout.axes("batch")
+    shards = layout.size(axes)
+    rows = train.global_batch_size // (train.grad_accumulation * shards)
+    stages = layout.mesh.shape[AXIS]
+    if not config.num_microbatches:
+        return max(n for n in range(1, min(rows, 4 * stages) + 1) if rows % n == 0)
+    if rows % config.num_microbatches:
+        near = [n for n in range(1, rows + 1) if rows % n == 0]
+        best = min(near, key=lambda n: abs(n - config.num_microbatches))
+        each = config.num_microbatches * train.grad_accumulation * shards
+        raise ConfigError(
+            f"pipeline.num_microbatches: {config.num_microbatches} does not divide the {rows} "
+            f"sequences of train.global_batch_size = {train.global_batch_size} that each of "
+            f"{shards} devices ({' x '.join(axes) or 'no axis divides it'}) has in each of "
+            f"train.grad_accumulation = {train.grad_accumulation} parts; the nearest that does is "
+            f"{best}, or make the batch a multiple of {each}"
+        )
+    return config.num_microbatches
+
+
+def _vary(tree: Tree) -> Tree:
+    """Marks arrays as differing between the devices, so that nothing is summed unasked."""
+    hand = manual_axes()
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(a for a in hand if a not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def _zeros(shapes: Tree, dtype: Any = None) -> Tree:
+    return _vary(jax.tree.map(lambda s: jnp.zeros(s.shape, dtype or s.dtype), shapes))
+
+
+def _cond(pred: jax.Array, yes: Callable[..., Tree], no: Callable[..., Tree], *operands: Tree):
+    return jax.lax.cond(
+        pred, lambda *args: _vary(yes(*args)), lambda *args: _vary(no(*args)), *operands
+    )
+
+
+def _add(total: Tree, more: Tree) -> Tree:
+    return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, more)
+
+
+class _Step:
+    """A device's part of a step: its parameters, its place, and what a unit computes."""
+
+    def __init__(self, pipe: Pipeline, params: Params, batch: Batch, key: Any, place: Any) -> None:
+        self.pipe, self.key = pipe, key
+        index, own = place
+        self.device, self.own = index[0], own[0]
+        params = _vary(pipe.whole(params, self.own))
+        self.blocks = params[pipe.task.stack]
+        self.outer = {k: v for k, v in params.items() if k != pipe.task.stack}
+        # Microbatch i is every n-th example from i on: each device keeps the rows it has.
+        count = pipe.schedule.num_microbatches
+        self.parts = {
+            name: jnp.moveaxis(x.reshape(-1, pipe.num_parts, count, *x.shape[1:]), 0, 2)
+            for name, x in _vary(dict(batch)).items()
+        }
+        part = {name: x[0, 0] for name, x in self.parts.items()}
+        self.activation = jax.eval_shape(self.embed, self.outer, part)
+        self.sums = jax.eval_shape(lambda: self.head(self.outer, _zeros(self.activation), part))
+
+    def merge(self, outer: Params, blocks: Params) -> Any:
+        return self.pipe.model.merge({**outer, self.pipe.task.stack: blocks})
+
+    def embed(self, outer: Params, part: Batch) -> jax.Array:
+        model = self.merge(outer, self.chunk(0))
+        return constrain(self.pipe.task.embed(model, part, key=self.key), ACTIVATION)
+
+    def run(self, blocks: Params, x: jax.Array, part: Batch, chunk: Any) -> jax.Array:
+        indices = self.own[chunk]
+        exists = None if self.pipe.stages.is_even else indices >= 0
+        model = self.merge(self.outer, blocks)
+        layers = Layers(jnp.maximum(indices, 0), exists)
+        return constrain(
+            self.pipe.task.run_layers(model, x, part, key=self.key, layers=layers), ACTIVATION
+        )
+
+    def head(self, outer: Params, x: jax.Array, part: Batch) -> LossOutput:
+        return self.pipe.task.head(self.merge(outer, self.chunk(0)), x, part)
+
+    def chunk(self, chunk: jax.Array | int) -> Params:
+        return jax.tree.map(lambda w: w[chunk], self.blocks)
+
+    def is_first(self, chunk: jax.Array) -> jax.Array:
+        return (self.device == 0) & (chunk == 0)
+
+    def is_last(self, chunk: jax.Array) -> jax.Array:
+        schedule = self.pipe.schedule
+        return (self.device == schedule.num_stages - 1) & (chunk == schedule.num_chunks - 1)
+
+    def send(self, x: jax.Array, *, forwards: bool) -> jax.Array:
+        """To the next device (or the one before); around the ring where chunks need it."""
+        schedule = self.pipe.schedule
+        pairs = [(s, s + 1) for s in range(schedule.num_stages - 1)]
+        if schedule.num_chunks > 1:
+            pairs.append((schedule.num_stages - 1, 0))
+        return jax.lax.ppermute(x, AXIS, pairs if forwards else [(b, a) for a, b in pairs])
+
+    def scan(self, tick: Callable[..., Tree], carry: Tree, table: Schedule) -> Tree:
+        """Goes through the ticks; `tick(carry, own row of the table, batch of a microbatch)`."""
+        rows = _own_rows(columns(table), self.device)
+
+        def part_of(parts: Batch, microbatch: jax.Array) -> Batch:
+            return {n: jax.lax.dynamic_index_in_dim(x, microbatch, 0, False) for n, x in parts.items()}
+
+        def run(carry: Tree, parts: Batch) -> tuple[Tree, None]:
+            step = lambda c, row: (tick(c, row, functools.partial(part_of, parts)), None)
+            return jax.lax.scan(step, carry, rows)
+
+        if self.pipe.num_parts == 1:
+            return run(carry, {n: x[0] for n, x in self.parts.items()})[0]
+        return jax.lax.scan(run, carry, self.parts)[0]
+
+
+def _own_rows(table: Columns, device: jax.Array) -> Columns:
+    return Columns(*(jnp.asarray(c)[:, device] for c in table))
+
+
+class _Carry(NamedTuple):
+    """What goes from tick to tick.
+
+    Attributes:
+        x: the activation that has come from the device before.
+        g: the gradient that has come from the device after.
+        inputs: inputs of stages, [slots, B, T, D].
+        blocks: gradients of the stacked parameters, float32.
+        outer: of the others.
+        sums: of the loss.
+        calls: units computed.
+    """
+
+    x: jax.Array
+    g: jax.Array
+    inputs: jax.Array
+    blocks: Params
+    outer: Params
+    sums: LossOutput
+    calls: Calls
+
+
+def _gradients(
+    pipe: Pipeline, params: Params, batch: Batch, key: Any, place: Any, *, scale: float
+) -> tuple[Params, LossOutput, Calls]:
+    step = _Step(pipe, params, batch, key, place)
+    one = _vary(jnp.float32(1))
+
+    def forward(c: _Carry, row: Columns, part_of: Any) -> tuple[jax.Array, jax.Array, Calls]:
+        part = part_of(row.forward_microbatch)
+        chunk = row.forward_chunk
+        x = _cond(step.is_first(chunk), lambda x: step.embed(step.outer, part), lambda x: x, c.x)
+
+        def compute(x: jax.Array, calls: Calls) -> tuple[jax.Array, Calls]:
+            y = step.run(step.chunk(chunk), x, part, chunk)
+            return y, calls._replace(forward=calls.forward + 1)
+
+        # The last stage's B will compute it.
+        y, calls = _cond(step.is_last(chunk), lambda x, n: (x, n), compute, x, c.calls)
+        return x, y, calls
+
+    def head_backward(x: jax.Array, outer: Params, sums: LossOutput, part: Batch):
+        def loss(outer: Params, x: jax.Array) -> tuple[jax.Array, LossOutput]:
+            sums = step.head(outer, x, part)
+            return sums.loss_sum * scale, sums
+
+        _, pull, more = jax.vjp(loss, step.outer, x, has_aux=True)
+        outer_grads, g = pull(one)
+        return g, _add(outer, outer_grads), _add(sums, more)
+
+    def backward(c: _Carry, row: Columns, part_of: Any) -> _Carry:
+        part = part_of(row.backward_microbatch)
+        chunk = row.backward_chunk
+        x = jax.lax.dynamic_index_in_dim(c.inputs, row.backward_slot, 0, False)
+        y, pull = jax.vjp(lambda b, x: step.run(b, x, part, chunk), step.chunk(chunk), x)
+        g, outer, sums = _cond(
+            step.is_last(chunk),
+            lambda y, g, outer, sums: head_backward(y, outer, sums, part),
+            lambda y, g, outer, sums: (g, outer, sums),
+            *(y, c.g, c.outer, c.sums),
+        )
+        blocks_grads, g = pull(g)
+
+        def embed_backward(g: jax.Array, outer: Params) -> Params:
+            _, pull = jax.vjp(lambda outer: step.embed(outer, part), step.outer)
+            return _add(outer, pull(g)[0])
+
+        outer = _cond(step.is_first(chunk), embed_backward, lambda g, outer: outer, g, outer)
+        blocks = jax.tree.map(
+            lambda total, more: total.at[chunk].add(more.astype(total.dtype)),
+            c.blocks,
+            blocks_grads,
+        )
+        calls = c.calls._replace(backward=c.calls.backward + 1)
+        return c._replace(g=g, blocks=blocks, outer=outer, sums=sums, calls=calls)
+
+    def tick(c: _Carry, row: Columns, part_of: Any) -> _Carry:
+        with jax.named_scope("forward_slot"):
+            x, y, calls = _cond(
+                row.forward > 0, lambda c: forward(c, row, part_of), lambda c: (c.x, c.x, c.calls), c
+            )
+            old = jax.lax.dynamic_index_in_dim(c.inputs, row.forward_slot, 0, False)
+            kept = jnp.where(row.forward > 0, x, old)
+            inputs = jax.lax.dynamic_update_index_in_dim(c.inputs, kept, row.forward_slot, 0)
+            c = c._replace(inputs=inputs, calls=calls)
+        with jax.named_scope("backward_slot"):
+            c = _cond(row.backward > 0, lambda c: backward(c, row, part_of), lambda c: c, c)
+        with jax.named_scope("send"):
+            return c._replace(x=step.send(y, forwards=True), g=step.send(c.g, forwards=False))
+
+    x = step.activation
+    slots = pipe.schedule.num_input_slots
+    stack = pipe.task.stack
+    accumulators = pipe.auto(_zeros({stack: step.blocks, **step.outer}, jnp.float32))
+    start = _Carry(
+        x=_zeros(x),
+        g=_zeros(x),
+        inputs=_zeros(jax.ShapeDtypeStruct((slots, *x.shape), x.dtype)),
+        blocks=accumulators[stack],
+        outer={k: v for k, v in accumulators.items() if k != stack},
+        sums=_zeros(step.sums),
+        calls=_vary(Calls(*[jnp.int32(0)] * 3)),
+    )
+    end = step.scan(tick, start, pipe.schedule)
+    grads = pipe.reduced({stack: end.blocks, **end.outer}, step.own)
+    sums = jax.lax.psum(end.sums, pipe.hand)
+    return grads, sums, jax.lax.psum(end.calls, pipe.hand)
+
+
+def _sums(pipe: Pipeline, params: Params, batch: Batch, key: Any, place: Any) -> LossOutput:
+    step = _Step(pipe, params, batch, key, place)
+    schedule = pipe.schedule
+
+    def tick(c: tuple[jax.Array, LossOutput], row: Columns, part_of: Any):
+        def forward(x: jax.Array, sums: LossOutput) -> tuple[jax.Array, LossOutput]:
+            part = part_of(row.forward_microbatch)
+            chunk = row.forward_chunk
+            x = _cond(step.is_first(chunk), lambda x: step.embed(step.outer, part), lambda x: x, x)
+            y = step.run(step.chunk(chunk), x, part, chunk)
+            sums = _cond(
+                step.is_last(chunk),
+                lambda y, sums: _add(sums, step.head(step.outer, y, part)),
+                lambda y, sums: sums,
+                *(y, sums),
+            )
+            return y, sums
+
+        y, sums = _cond(row.forward > 0, forward, lambda *c: c, *c)
+        return step.send(y, forwards=True), sums
+
+    table = forward_only(
+        num_stages=schedule.num_stages,
+        num_microbatches=schedule.num_microbatches,
+        num_chunks=schedule.num_chunks,
+    )
+    _, sums = step.scan(tick, (_zeros(step.activation), _zeros(step.sums)), table)
+    return jax.lax.psum(sums, pipe.hand)
