@@ -15,7 +15,7 @@ from spmd_train.nn.embeddings import Embedding, rope_angles
 from spmd_train.nn.mlp import MLP
 from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
-from spmd_train.nn.projection import SAVED_NAME, Projection
+from spmd_train.nn.projection import SAVED_NAME, Operands, Projection, Tape, recording
 from spmd_train.parallel.rules import constrain, unshard
 from spmd_train.parallel.stages import Layers
 
@@ -127,7 +127,7 @@ class Transformer(nnx.Module):
             Hidden states [B, T, D] in the compute dtype, and the cache (None without one).
         """
         x_BTD = self.embed(ids_BT, tokens=tokens, dropout=dropout)
-        x_BTD, cache = self.run_blocks(x_BTD, tokens=tokens, dropout=dropout, cache=cache)
+        x_BTD, cache, _ = self.run_blocks(x_BTD, tokens=tokens, dropout=dropout, cache=cache)
         return self.finish(x_BTD), cache
 
     def embed(
@@ -157,7 +157,8 @@ class Transformer(nnx.Module):
         dropout: DropoutKeys | None,
         cache: Cache | None = None,
         layers: Layers | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        taps: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Cache | None, Operands | None]:
         """Runs the blocks one after another.
 
         Args:
@@ -166,9 +167,12 @@ class Transformer(nnx.Module):
             dropout: keys of the step; None in evaluation.
             cache: earlier tokens; the new ones are added to it.
             layers: which ones the parameters of `blocks` are; None: all, in order.
+            taps: kernels' gradients are left for later: arrays like the outputs of the projections,
+                by their paths in a block, stacked; those not named tell their outputs.
 
         Returns:
-            What leaves the last, and the cache (None without one).
+            What leaves the last; the cache (None without one); of what the kernels' gradients are
+            made, stacked (None without taps).
         """
         config = self.config
         graphdef, stacked = nnx.split(self.blocks)
@@ -190,27 +194,30 @@ class Transformer(nnx.Module):
             )
             attention |= {"cached": seen, "cache_index": cache.end}
 
-        def layer(x: jax.Array, xs: tuple[Layers, Any, LayerCache | None]):
-            which, params, cache = xs
+        def layer(x: jax.Array, xs: tuple[Layers, Any, LayerCache | None, Any]):
+            which, params, cache, taps = xs
             params = unshard(params, "blocks", dtype=dtype, stacked=True)
             keys = None if dropout is None else dropout.fold_in(which.indices)
             block = nnx.merge(graphdef, params)
-            y, cache = block(x, dropout=keys, cache=cache, **attention)
-            return y if which.exists is None else jnp.where(which.exists, y, x), cache
+            tape = None if taps is None else Tape(block, taps)
+            with recording(tape):
+                y, cache = block(x, dropout=keys, cache=cache, **attention)
+            y = y if which.exists is None else jnp.where(which.exists, y, x)
+            return y, (cache, tape and tape.operands)
 
         if config.remat != "none":
             # prevent_cse is not needed inside a scan and costs barriers.
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         with jax.named_scope("blocks"):
-            x_BTD, caches = jax.lax.scan(
+            x_BTD, (caches, operands) = jax.lax.scan(
                 layer,
                 x_BTD,
-                (layers, stacked, None if cache is None else cache.layers),
+                (layers, stacked, None if cache is None else cache.layers, taps),
                 unroll=min(config.scan_unroll, len(layers.indices)),
             )
         if cache is None or caches is None:
-            return x_BTD, None
-        return x_BTD, Cache(caches, seen, cache.end + x_BTD.shape[1])
+            return x_BTD, None, operands
+        return x_BTD, Cache(caches, seen, cache.end + x_BTD.shape[1]), operands
 
     def head_kernel(self) -> jax.Array:
         """The output head [D, V] in the compute dtype, gathered over the batch's mesh axes."""

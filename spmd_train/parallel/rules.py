@@ -162,6 +162,17 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def vary(tree: Any) -> Any:
+    """Marks arrays as differing over all manual axes, so that no gradient is summed unasked."""
+    manual = manual_axes()
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(a for a in manual if a not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree) if manual else tree
+
+
 def _constrain(x: jax.Array, spec: P, mesh: Mesh) -> jax.Array:
     manual = manual_axes()
     # Inside a shard_map the mesh of the context knows which axes are manual; outside, none is.

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 from flax import nnx
 
+from spmd_train.nn.projection import Operands
 from spmd_train.parallel.rules import LogicalAxes
 from spmd_train.parallel.stages import Layers
 
@@ -82,9 +83,23 @@ class LayeredTask(Task, Protocol):
         batch: Batch,
         *,
         key: jax.Array | None,
-        layers: Layers | None,
-    ) -> jax.Array:
-        """What leaves the layers that the model has; `layers` says which those are, None: all."""
+        layers: Layers | None = None,
+        taps: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Operands | None]:
+        """What leaves the layers that the model has.
+
+        Args:
+            model: with all layers, or some.
+            x: what enters them.
+            batch: where it comes from.
+            key: of the step; None in evaluation.
+            layers: which of the network's they are; None: all.
+            taps: to leave the gradients of kernels for later, as `nn.projection.Tape` does: arrays
+                like the outputs of the projections by their paths in a layer, stacked.
+
+        Returns:
+            [B, T, D], and of what those gradients are made, stacked (None without taps).
+        """
         ...
 
     def head(self, model: nnx.Module, x: jax.Array, batch: Batch) -> LossOutput:

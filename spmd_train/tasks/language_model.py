@@ -13,6 +13,7 @@ from spmd_train.models.transformer import Transformer
 from spmd_train.nn.attention import Tokens
 from spmd_train.nn.dropout import DropoutKeys, dropout_keys
 from spmd_train.nn.loss import cross_entropy_sums
+from spmd_train.nn.projection import Operands
 from spmd_train.parallel.rules import LogicalAxes
 from spmd_train.parallel.stages import Layers
 from spmd_train.tasks.base import Batch, LossOutput
@@ -69,7 +70,7 @@ class LanguageModel:
     def loss(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> LossOutput:
         """Cross-entropy in nats, plus the z-loss; metrics `cross_entropy` and `accuracy`."""
         x_BTD = self.embed(model, batch, key=key)
-        x_BTD = self.run_layers(model, x_BTD, batch, key=key, layers=None)
+        x_BTD, _ = self.run_layers(model, x_BTD, batch, key=key)
         return self.head(model, x_BTD, batch)
 
     def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
@@ -85,12 +86,16 @@ class LanguageModel:
         batch: Batch,
         *,
         key: jax.Array | None,
-        layers: Layers | None,
-    ) -> jax.Array:
-        """What leaves the blocks, [B, T, D]."""
+        layers: Layers | None = None,
+        taps: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Operands | None]:
+        """What leaves the blocks, [B, T, D], and what `Transformer.run_blocks` says of taps."""
         assert isinstance(model, Transformer)
         tokens, dropout = self._tokens(batch), self._dropout(batch, key)
-        return model.run_blocks(x, tokens=tokens, dropout=dropout, layers=layers)[0]
+        x, _, operands = model.run_blocks(
+            x, tokens=tokens, dropout=dropout, layers=layers, taps=taps
+        )
+        return x, operands
 
     def head(self, model: nnx.Module, x: jax.Array, batch: Batch) -> LossOutput:
         """The loss of what leaves the last block."""

@@ -26,8 +26,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import ConfigError, PipelineConfig, ShardingConfig, TrainConfig
+from spmd_train.nn.projection import Operands, weight_gradients
 from spmd_train.parallel import stages as stages_lib
-from spmd_train.parallel.rules import Layout, constrain, dims_of, leaf_path, manual_axes, to_spec
+from spmd_train.parallel.rules import Layout, constrain, dims_of, leaf_path, to_spec, vary
 from spmd_train.parallel.schedules import (
     Columns,
     Schedule,
@@ -42,6 +43,7 @@ from spmd_train.train.state import FunctionalModel, Params
 log = logging.getLogger(__name__)
 
 Tree = Any
+Taps = dict[str, jax.Array]
 ACTIVATION = ("batch", "residual_sequence", None)
 
 
@@ -291,24 +293,13 @@ def _num_microbatches(config: PipelineConfig, train: TrainConfig, layout: Layout
     return config.num_microbatches
 
 
-def _vary(tree: Tree) -> Tree:
-    """Marks arrays as differing between the devices, so that nothing is summed unasked."""
-    hand = manual_axes()
-
-    def one(x: jax.Array) -> jax.Array:
-        missing = tuple(a for a in hand if a not in jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
-
-
 def _zeros(shapes: Tree, dtype: Any = None) -> Tree:
-    return _vary(jax.tree.map(lambda s: jnp.zeros(s.shape, dtype or s.dtype), shapes))
+    return vary(jax.tree.map(lambda s: jnp.zeros(s.shape, dtype or s.dtype), shapes))
 
 
 def _cond(pred: jax.Array, yes: Callable[..., Tree], no: Callable[..., Tree], *operands: Tree):
     return jax.lax.cond(
-        pred, lambda *args: _vary(yes(*args)), lambda *args: _vary(no(*args)), *operands
+        pred, lambda *args: vary(yes(*args)), lambda *args: vary(no(*args)), *operands
     )
 
 
@@ -323,14 +314,14 @@ class _Step:
         self.pipe, self.key = pipe, key
         index, own = place
         self.device, self.own = index[0], own[0]
-        params = _vary(pipe.whole(params, self.own))
+        params = vary(pipe.whole(params, self.own))
         self.blocks = params[pipe.task.stack]
         self.outer = {k: v for k, v in params.items() if k != pipe.task.stack}
         # Microbatch i is every n-th example from i on: each device keeps the rows it has.
         count = pipe.schedule.num_microbatches
         self.parts = {
             name: jnp.moveaxis(x.reshape(-1, pipe.num_parts, count, *x.shape[1:]), 0, 2)
-            for name, x in _vary(dict(batch)).items()
+            for name, x in vary(dict(batch)).items()
         }
         part = {name: x[0, 0] for name, x in self.parts.items()}
         self.activation = jax.eval_shape(self.embed, self.outer, part)
@@ -343,17 +334,54 @@ class _Step:
         model = self.merge(outer, self.chunk(0))
         return constrain(self.pipe.task.embed(model, part, key=self.key), ACTIVATION)
 
-    def run(self, blocks: Params, x: jax.Array, part: Batch, chunk: Any) -> jax.Array:
+    def run(self, blocks: Params, x: jax.Array, part: Batch, chunk: Any, taps: Taps | None = None):
+        """What leaves a chunk; with taps, also the operands of its weight gradients."""
         indices = self.own[chunk]
         exists = None if self.pipe.stages.is_even else indices >= 0
         model = self.merge(self.outer, blocks)
         layers = Layers(jnp.maximum(indices, 0), exists)
-        return constrain(
-            self.pipe.task.run_layers(model, x, part, key=self.key, layers=layers), ACTIVATION
+        y, operands = self.pipe.task.run_layers(
+            model, x, part, key=self.key, layers=layers, taps=taps
         )
+        y = constrain(y, ACTIVATION)
+        return y if taps is None else (y, operands)
 
     def head(self, outer: Params, x: jax.Array, part: Batch) -> LossOutput:
         return self.pipe.task.head(self.merge(outer, self.chunk(0)), x, part)
+
+    def empty_deferred(self) -> _Deferred:
+        """Room for what B leaves to W."""
+        part = {name: x[0, 0] for name, x in self.parts.items()}
+        shapes: Operands = jax.eval_shape(
+            lambda: self.run(self.chunk(0), _zeros(self.activation), part, 0, {})[1]
+        )
+        slots = self.pipe.schedule.num_deferred_slots
+        room = jax.tree.map(lambda s: jax.ShapeDtypeStruct((slots, *s.shape), s.dtype), shapes)
+        self.later = set(shapes.outputs)
+        return _Deferred(_zeros(room.inputs), _zeros(room.outputs))
+
+    def split(self, params: Params) -> tuple[Taps, Taps]:
+        """A chunk's leaves by path: those that B makes gradients of, and the kernels left to W."""
+        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        flat = {leaf_path(path): x for path, x in leaves}
+        later = {f"{name}/kernel" for name in self.later}
+        assert later <= set(flat), later
+        now = {path: x for path, x in flat.items() if path not in later}
+        return now, {path: x for path, x in flat.items() if path in later}
+
+    def nested(self, flat: Taps) -> Params:
+        """A chunk's tree out of its leaves by path."""
+        return jax.tree_util.tree_map_with_path(lambda path, _: flat[leaf_path(path)], self.blocks)
+
+    def add(self, total: Params, grads: Taps | Params, chunk: jax.Array | int) -> Params:
+        """Adds a chunk's gradients, a tree like the parameters or some leaves by path."""
+        more = {leaf_path(path): x for path, x in jax.tree_util.tree_flatten_with_path(grads)[0]}
+
+        def one(path: Any, total: jax.Array) -> jax.Array:
+            x = more.get(leaf_path(path))
+            return total if x is None else total.at[chunk].add(x.astype(total.dtype))
+
+        return jax.tree_util.tree_map_with_path(one, total)
 
     def chunk(self, chunk: jax.Array | int) -> Params:
         return jax.tree.map(lambda w: w[chunk], self.blocks)
@@ -393,6 +421,32 @@ def _own_rows(table: Columns, device: jax.Array) -> Columns:
     return Columns(*(jnp.asarray(c)[:, device] for c in table))
 
 
+class _Deferred(NamedTuple):
+    """What weight gradients will be made of, each array [slots, layers, B, T, ...]; a ring.
+
+    Attributes:
+        inputs: of projections.
+        gradients: of their outputs.
+    """
+
+    inputs: Taps
+    gradients: Taps
+
+    def keep(self, inputs: Taps, gradients: Taps, microbatch: jax.Array) -> _Deferred:
+        """With a microbatch's in its place."""
+
+        def put(room: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(room, x, microbatch % room.shape[0], 0)
+
+        return jax.tree.map(put, self, _Deferred(inputs, gradients))
+
+    def get(self, microbatch: jax.Array) -> _Deferred:
+        """A microbatch's."""
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, microbatch % x.shape[0], 0, False), self
+        )
+
+
 class _Carry(NamedTuple):
     """What goes from tick to tick.
 
@@ -404,6 +458,7 @@ class _Carry(NamedTuple):
         outer: of the others.
         sums: of the loss.
         calls: units computed.
+        deferred: of what weight gradients will be made; None where B makes them.
     """
 
     x: jax.Array
@@ -413,13 +468,14 @@ class _Carry(NamedTuple):
     outer: Params
     sums: LossOutput
     calls: Calls
+    deferred: _Deferred | None
 
 
 def _gradients(
     pipe: Pipeline, params: Params, batch: Batch, key: Any, place: Any, *, scale: float
 ) -> tuple[Params, LossOutput, Calls]:
     step = _Step(pipe, params, batch, key, place)
-    one = _vary(jnp.float32(1))
+    one = vary(jnp.float32(1))
 
     def forward(c: _Carry, row: Columns, part_of: Any) -> tuple[jax.Array, jax.Array, Calls]:
         part = part_of(row.forward_microbatch)
@@ -447,27 +503,50 @@ def _gradients(
         part = part_of(row.backward_microbatch)
         chunk = row.backward_chunk
         x = jax.lax.dynamic_index_in_dim(c.inputs, row.backward_slot, 0, False)
-        y, pull = jax.vjp(lambda b, x: step.run(b, x, part, chunk), step.chunk(chunk), x)
+        params, deferred = step.chunk(chunk), c.deferred
+        if deferred is None:
+            y, pull = jax.vjp(lambda p, x: step.run(p, x, part, chunk), params, x)
+        else:
+            now, later = step.split(params)
+            taps = vary(jax.tree.map(lambda d: jnp.zeros_like(d[0]), deferred.gradients))
+            y, pull, operands = jax.vjp(
+                lambda p, x, taps: step.run(step.nested(p | later), x, part, chunk, taps),
+                *(now, x, taps),
+                has_aux=True,
+            )
         g, outer, sums = _cond(
             step.is_last(chunk),
             lambda y, g, outer, sums: head_backward(y, outer, sums, part),
             lambda y, g, outer, sums: (g, outer, sums),
             *(y, c.g, c.outer, c.sums),
         )
-        blocks_grads, g = pull(g)
+        if deferred is None:
+            grads, g = pull(g)
+        else:
+            grads, g, tap_grads = pull(g)
+            deferred = deferred.keep(operands.inputs, tap_grads, row.backward_microbatch)
+        blocks = step.add(c.blocks, grads, chunk)
 
         def embed_backward(g: jax.Array, outer: Params) -> Params:
             _, pull = jax.vjp(lambda outer: step.embed(outer, part), step.outer)
             return _add(outer, pull(g)[0])
 
         outer = _cond(step.is_first(chunk), embed_backward, lambda g, outer: outer, g, outer)
-        blocks = jax.tree.map(
-            lambda total, more: total.at[chunk].add(more.astype(total.dtype)),
-            c.blocks,
-            blocks_grads,
-        )
         calls = c.calls._replace(backward=c.calls.backward + 1)
-        return c._replace(g=g, blocks=blocks, outer=outer, sums=sums, calls=calls)
+        return c._replace(
+            g=g, blocks=blocks, outer=outer, sums=sums, deferred=deferred, calls=calls
+        )
+
+    def weights(c: _Carry, row: Columns) -> _Carry:
+        def one(i: jax.Array, state: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
+            assert c.deferred is not None
+            grads = jax.vmap(weight_gradients)(*c.deferred.get(row.first_weights + i))
+            by_path = {f"{name}/kernel": g for name, g in grads.items()}
+            return step.add(state[0], by_path, 0), state[1] + 1
+
+        start = c.blocks, c.calls.weights
+        blocks, calls = jax.lax.fori_loop(vary(jnp.int32(0)), row.num_weights, one, start)
+        return c._replace(blocks=blocks, calls=c.calls._replace(weights=calls))
 
     def tick(c: _Carry, row: Columns, part_of: Any) -> _Carry:
         with jax.named_scope("forward_slot"):
@@ -480,6 +559,9 @@ def _gradients(
             c = c._replace(inputs=inputs, calls=calls)
         with jax.named_scope("backward_slot"):
             c = _cond(row.backward > 0, lambda c: backward(c, row, part_of), lambda c: c, c)
+        if c.deferred is not None:
+            with jax.named_scope("weights_slot"):
+                c = weights(c, row)
         with jax.named_scope("send"):
             return c._replace(x=step.send(y, forwards=True), g=step.send(c.g, forwards=False))
 
@@ -494,7 +576,8 @@ def _gradients(
         blocks=accumulators[stack],
         outer={k: v for k, v in accumulators.items() if k != stack},
         sums=_zeros(step.sums),
-        calls=_vary(Calls(*[jnp.int32(0)] * 3)),
+        calls=vary(Calls(*[jnp.int32(0)] * 3)),
+        deferred=step.empty_deferred() if pipe.schedule.splits_backward else None,
     )
     end = step.scan(tick, start, pipe.schedule)
     grads = pipe.reduced({stack: end.blocks, **end.outer}, step.own)
