@@ -1,7 +1,10 @@
 """Loading: files, overrides, and files that mean harm."""
 
 import json
+import pathlib
 import random
+import shutil
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -328,3 +331,15 @@ def test_config_load_returns_a_config_dict_to_edit(write):
     assert isinstance(config, ConfigDict)
     config.train.num_steps = 9
     assert parse(config).train.num_steps == 9
+
+
+def test_config_load_finds_the_installed_configs_outside_a_checkout(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = pathlib.Path(__file__).parent.parent / "configs"
+    shutil.copytree(configs, tmp_path / "prefix/share/spmd-train/configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    assert load_config("configs/lm_tiny.py").model.num_layers == 4
+    with pytest.raises(ConfigError, match=r"configs/lm_tiny2\.py: there is no such file"):
+        load_config("configs/lm_tiny2.py")

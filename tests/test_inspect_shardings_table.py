@@ -27,9 +27,9 @@ def build(**sections):
     return experiment.build(parse(TINY | sections))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_inspect_shardings_rows_are_what_a_device_holds(optimizer):
-    program = build(optimizer={"name": optimizer, "ema_decay": 0.99}).program
+def test_inspect_shardings_rows_are_what_a_device_holds():
+    # Adafactor's state has copies of parameters, of some of their dims, and scalars.
+    program = build(optimizer={"name": "adafactor", "ema_decay": 0.99}).program
     answer = as_json(sharding_table(program.plans), mesh=program.mesh.shape)
     rows = {f"params/{row['path']}": row for row in answer["parameters"]}
     rows |= {row["path"]: row for row in answer["optimizer"]}

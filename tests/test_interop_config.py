@@ -155,10 +155,17 @@ def test_interop_config_reads_both_forms_of_rope():
         (LLAMA3_8B, {"hidden_act": "relu"}, 'hidden_act = "relu"; supported: "silu"'),
         (LLAMA3_8B, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'rope_type = "yarn"'),
         (LLAMA3_8B, {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_type = "linear"'),
-        (LLAMA3_8B, {"rope_scaling": {"rope_type": "llama3"}}, "without factor"),
+        (LLAMA3_8B, {"rope_scaling": {"rope_type": "llama3"}}, "factor = null must be a number"),
+        (
+            LLAMA3_8B,
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "RoPE parameters",
+        ),
+        (LLAMA3_8B, {"num_attention_heads": 0}, "num_attention_heads = 0 must be .* at least 1"),
+        (LLAMA3_8B, {"rms_norm_eps": "small"}, 'rms_norm_eps = "small" must be a number'),
         (LLAMA3_8B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA3_8B, {"quantization_config": {"bits": 4}}, "quantization_config"),
-        (LLAMA3_8B, {"hidden_size": None}, "hidden_size is missing"),
+        (LLAMA3_8B, {"hidden_size": None}, "hidden_size = null must be a whole number"),
         (MISTRAL_7B_V3, {"sliding_window": 4096}, "sliding_window = 4096; supported: null"),
         (QWEN3_06B, {"use_sliding_window": True}, "use_sliding_window = true"),
         (QWEN3_06B, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
@@ -226,3 +233,13 @@ def test_interop_config_export_reads_back_the_same(config, name):
 def test_interop_config_export_refuses_what_no_architecture_has(config, told):
     with pytest.raises(ConfigError, match=re.escape(told)):
         hf_config(config)
+
+
+def test_interop_config_compares_every_key_that_changes_the_result():
+    """A new key of the model must be mapped here, or an export would silently leave it out."""
+    computed_the_same = {"dropout", "remat", "scan_unroll", "init_scale", "max_positions"}
+    computed_the_same |= {"param_dtype", "compute_dtype"}
+    compared = {key.partition(".")[0] for key in model_config_from_hf(LLAMA31_8B)}
+    assert compared | computed_the_same == {f.name for f in dataclasses.fields(ModelConfig)}
+    rope = {key.removeprefix("rope.") for key in model_config_from_hf(LLAMA31_8B) if "." in key}
+    assert rope == {f.name for f in dataclasses.fields(RopeConfig)}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from spmd_train import experiment
 from spmd_train.inspect.shardings import ShardingTable, as_json, sharding_table
 from spmd_train.parallel.plan import LeafPlan
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,10 +80,7 @@ def _columns(
 
 
 def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1000:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+    if count < 1000:
+        return f"{count:.0f} B"
+    unit = min(int(math.log(count / 1000, 1024)) + 1, len(_UNITS))
+    return f"{count / 1024**unit:.2f} {_UNITS[unit - 1]}"

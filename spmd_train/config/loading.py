@@ -87,6 +87,10 @@ def load_config(flag: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
 
 
 def _read(path: pathlib.Path) -> str:
+    if not path.exists() and path.parts[:1] == ("configs",):
+        # Outside a checkout the project's own configs are where `pip install` put them.
+        installed = pathlib.Path(sys.prefix, "share", "spmd-train", *path.parts)
+        path = installed if installed.exists() else path
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spmd_train.config import ConfigError, ModelConfig
+from spmd_train.config import ConfigError, ModelConfig, RopeConfig
+from spmd_train.config.keys import keys_of
 from spmd_train.interop.architectures import ARCHITECTURES, Architecture
 
 # Values of config.json in messages look as they do there.
@@ -50,7 +51,7 @@ def architecture_of(config_json: Mapping[str, Any]) -> Architecture:
         ConfigError: it is not one of ours.
     """
     names = config_json.get("architectures")
-    known = [name for name in names or () if name in ARCHITECTURES]
+    known = [name for name in ARCHITECTURES if isinstance(names, list) and name in names]
     if not known:
         raise ConfigError(
             f"config.json: architectures = {_json(names)} is not supported; supported: "
@@ -80,17 +81,15 @@ def model_config_from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if "quantization_config" in config_json:
         refused.append("quantization_config: quantized weights; supported: float weights")
-    other_layers = set(config_json.get("layer_types") or ()) - {"full_attention"}
-    if other_layers:
-        refused.append(f"layer_types = {sorted(other_layers)}; supported: full_attention")
+    layer_types = config_json.get("layer_types") or []
+    if any(layer_type != "full_attention" for layer_type in layer_types):
+        refused.append(f'layer_types = {_json(layer_types)}; supported: all "full_attention"')
     model: dict[str, Any] = {}
     for key in architecture.keys:
         value = config_json.get(key.theirs)
         if value is None:
             value = key.default(model) if callable(key.default) else key.default
-        if value is None:
-            raise ConfigError(f"config.json: {key.theirs} is missing")
-        model[key.ours] = value
+        model[key.ours] = _accept(ModelConfig, key.ours, key.theirs, value)
     model |= {k: v(model) if callable(v) else v for k, v in architecture.fixed.items()}
     if model["positions"] == "rope":
         rope, refused_rope = _rope_from_hf(config_json)
@@ -108,6 +107,8 @@ def _rope_from_hf(config_json: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     # The order in which transformers 5 looks: a rope_scaling replaces rope_parameters, and what
     # they lack is at the top level.
     inner = config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
+    if not isinstance(inner, Mapping) or any(isinstance(v, Mapping) for v in inner.values()):
+        return {}, [f"RoPE parameters {_json(inner)}; supported: the same for all layers"]
     rope = {**config_json, **inner}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = []
@@ -115,15 +116,24 @@ def _rope_from_hf(config_json: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         refused.append(f"rope_type = {_json(kind)}; supported: default or llama3")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refused.append("partial_rotary_factor: supported: 1, or none")
-    model = {"rope.theta": rope.get("rope_theta", 10000.0)}
-    model["rope.scaling"] = "llama3" if kind == "llama3" else "none"
+    model = {
+        "rope.theta": _accept(RopeConfig, "theta", "rope_theta", rope.get("rope_theta", 10000.0)),
+        "rope.scaling": "llama3" if kind == "llama3" else "none",
+    }
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", rope.get("max_position_embeddings"))
         for ours, theirs in _LLAMA3_KEYS.items():
-            if rope.get(theirs) is None:
-                raise ConfigError(f"config.json: llama3 RoPE scaling without {theirs}")
-            model[ours] = rope[theirs]
+            name = ours.removeprefix("rope.")
+            model[ours] = _accept(RopeConfig, name, theirs, rope.get(theirs))
     return model, refused
+
+
+def _accept(section: type, name: str, theirs: str, value: Any) -> Any:
+    """The value in our key's type, if it is one that our schema allows."""
+    try:
+        return keys_of(section)[name].accept(value)
+    except ValueError as error:
+        raise ConfigError(f"config.json: {theirs} = {_json(value)} {error}") from error
 
 
 def check_model_config(config: ModelConfig, config_json: Mapping[str, Any]) -> Architecture:

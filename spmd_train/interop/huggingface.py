@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
@@ -252,7 +253,10 @@ def _leaves(tree: Tree) -> dict[str, Any]:
 
 
 def _fetch(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    x = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    if layer is not None:
+        x = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    else:
+        x = jnp.copy(leaf)  # An array keeps the host copy once made of it; this one goes away.
     if not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)

@@ -73,7 +73,8 @@ class Tensor:
     def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor made of one layer of our parameter, or of all those that are fused in it."""
         letters = "".join(self.hf_dims.split())
-        moved = _moved(np.stack(parts), "S" + self.dims, letters)
+        stacked = parts[0][None] if self.num_parts == 1 else np.stack(parts)
+        moved = _moved(stacked, "S" + self.dims, letters)
         return moved.reshape(self.hf_shape(parts[0].shape))
 
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:

@@ -15,10 +15,12 @@ from spmd_train.nn.embeddings import apply_rope
 from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import Projection
-from spmd_train.parallel.rules import constrain
+from spmd_train.parallel.rules import constrain, current_platform
 
-QUERY_BLOCK = 512
-"""Queries whose scores exist at one time in a long sequence."""
+QUERY_BLOCK = {"cpu": 128, "gpu": 512, "tpu": 512}
+"""Queries whose scores are computed at one time, by platform: less work is done for masked keys."""
+KEPT_SCORES = 1024
+"""Longer sequences make the scores again in the backward pass: memory linear in the length."""
 
 
 class Tokens(NamedTuple):
@@ -60,15 +62,17 @@ def attend(
     """
     chex.assert_equal_shape([k_BSGK, v_BSGK])
     length = q_BTHK.shape[1]
-    if not in_order or length <= QUERY_BLOCK or length % QUERY_BLOCK:
+    size = QUERY_BLOCK[current_platform()]
+    if not in_order or length <= size or length % size:
         return _attend_block(q_BTHK, k_BSGK, v_BSGK, queries, keys, softcap)
 
-    # One block of queries after another against the keys so far: half the work, and memory linear
-    # in the length, since the backward pass makes a block's scores again.
-    block = jax.checkpoint(_attend_block, static_argnums=(5,))
+    # One block of queries after another against the keys so far: half the work.
+    block = _attend_block
+    if length > KEPT_SCORES:
+        block = jax.checkpoint(_attend_block, static_argnums=(5,))
     outputs = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = start + QUERY_BLOCK
+    for start in range(0, length, size):
+        end = start + size
         rows = Tokens(*(x[:, start:end] for x in queries))
         seen = Tokens(*(x[:, :end] for x in keys))
         q = q_BTHK[:, start:end]
@@ -85,18 +89,23 @@ def _attend_block(
     softcap: float,
 ) -> jax.Array:
     b, t, h, k = q_BTHK.shape
-    g = k_BSGK.shape[2]
-    q_BTGRK = (q_BTHK / math.sqrt(k)).astype(q_BTHK.dtype).reshape(b, t, g, h // g, k)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    g, r = k_BSGK.shape[2], h // k_BSGK.shape[2]
+    # Heads before tokens, and the queries of a group in one dim: plain batched matmuls, without
+    # which XLA's CPU compiler transposes the scores (the largest arrays there are).
+    q_BTGRK = (q_BTHK / math.sqrt(k)).astype(q_BTHK.dtype).reshape(b, t, g, r, k)
+    q_BGXK = q_BTGRK.transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, k)
+    k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
+    scores = jnp.einsum("bgxk,bgsk->bgxs", q_BGXK, k_BGSK, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     visible_BTS = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (
         queries.positions[:, :, None] >= keys.positions[:, None, :]
     )
-    scores = jnp.where(visible_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
-    out = jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK)
-    return out.reshape(b, t, h, k)
+    scores_BGRTS = scores.reshape(b, g, r, t, -1)
+    scores_BGRTS = jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
+    weights_BGXS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype).reshape(scores.shape)
+    out_BGXK = jnp.einsum("bgxs,bgsk->bgxk", weights_BGXS, v_BGSK)
+    return out_BGXK.reshape(b, g, r, t, k).transpose(0, 3, 1, 2, 4).reshape(b, t, h, k)
 
 
 class LayerCache(NamedTuple):

@@ -1,0 +1,27 @@
+"""`spmd-train inspect collectives`: what a train step sends between devices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from spmd_train import experiment
+from spmd_train.inspect.collectives import collective_summary, format_collectives
+from spmd_train.plan.compiled import compile_step
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compiles the train step of `args.config` and prints its collectives."""
+    program = experiment.build(args.config).program
+    step = compile_step(program)
+    summary = collective_summary(step.collectives)
+    mesh = dict(program.mesh.shape)
+    if args.json:
+        told = {"mesh": mesh, "num_devices": program.mesh.size, **summary}
+        print(json.dumps(told | {"compile_seconds": step.compile_seconds}, indent=2))
+        return 0
+    sizes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
+    print(f"mesh: {' x '.join(sizes) or 'one device'}")
+    print("")
+    print(format_collectives(summary))
+    return 0
