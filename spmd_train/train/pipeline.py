@@ -28,7 +28,15 @@ from jax.sharding import PartitionSpec as P
 from spmd_train.config import ConfigError, PipelineConfig, ShardingConfig, TrainConfig
 from spmd_train.nn.projection import Operands, weight_gradients
 from spmd_train.parallel import stages as stages_lib
-from spmd_train.parallel.rules import Layout, constrain, dims_of, leaf_path, to_spec, vary
+from spmd_train.parallel.rules import (
+    Layout,
+    axes_of,
+    constrain,
+    dims_of,
+    leaf_path,
+    to_spec,
+    vary,
+)
 from spmd_train.parallel.schedules import (
     Columns,
     Schedule,
@@ -123,54 +131,79 @@ class Pipeline:
         """Whether a leaf holds layers."""
         return leaf_path(path).split("/")[0] == self.task.stack
 
-    def auto(self, tree: Params) -> Params:
-        """Whole leaves, or accumulators of their gradients, with what XLA shards of them pinned.
+    def _auto_dims(self, path: Any, *, whole: bool) -> stages_lib.Dims:
+        """What XLA shards of a leaf, as a shard or `whole`: there stacked leaves are [V, N, ...]."""
+        planned = self.layout.param_specs[leaf_path(path)]
+        dims = dims_of(planned, ndim=len(planned))
+        dims = [tuple(a for a in dim if a not in self.hand) for dim in dims]
+        return [(), (), *dims[1:]] if whole and self.is_stacked(path) else dims
 
-        Stacked leaves are [V, N, ...], chunk by chunk.
+    def _on_shards(
+        self,
+        f: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
+        tree: Params,
+        own: jax.Array,
+        *,
+        to_whole: bool,
+    ) -> Params:
+        """Maps `f(path, shard, own layers if it is stacked)` over a tree: single devices' shards.
+
+        The partitioner would undo its own sharding before a collective that is written by hand.
         """
 
-        def one(path: Any, x: jax.Array) -> jax.Array:
-            planned = self.layout.param_specs[leaf_path(path)]
-            dims = dims_of(planned, ndim=len(planned))
-            dims = [tuple(a for a in dim if a not in self.hand) for dim in dims]
-            if self.is_stacked(path):
-                dims = [(), (), *dims[1:]]
-            return jax.lax.with_sharding_constraint(x, to_spec(dims))
+        def specs(whole: bool) -> Tree:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: to_spec(self._auto_dims(path, whole=whole)), tree
+            )
 
-        return jax.tree_util.tree_map_with_path(one, tree)
+        def mapped(tree: Params, own: jax.Array) -> Params:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, x: f(path, x, own.reshape(-1) if self.is_stacked(path) else None), tree
+            )
+
+        inner, outer = specs(not to_whole), specs(to_whole)
+        axes = {a for spec in jax.tree.leaves(inner) for a in axes_of(spec)}
+        if not axes:
+            return mapped(tree, own)
+        by_hand = jax.shard_map(mapped, in_specs=(inner, P()), out_specs=outer, axis_names=axes)
+        return by_hand(tree, own)
 
     def whole(self, params: Params, own: jax.Array) -> Params:
-        """Parameters of this device's stages, from its shards."""
+        """Parameters of this device's stages, from its shards; cast to compute with."""
         dtype = jnp.dtype(self.task.compute_dtype)
 
-        def one(path: Any, w: jax.Array) -> jax.Array:
-            stacked = self.is_stacked(path)
+        def one(path: Any, w: jax.Array, layers: jax.Array | None) -> jax.Array:
+            stacked = layers is not None
             w = w.astype(dtype) if w.ndim - stacked >= 2 else w
-            w = stages_lib.gather(
-                w,
-                self._hand_dims(path),
-                own_layers=own.reshape(-1) if stacked else None,
-                all_layers=self.stages.layers,
-            )
-            return w.reshape(*own.shape, *w.shape[1:]) if stacked else w
+            dims, every = self._hand_dims(path), self.stages.layers
+            w = stages_lib.gather(w, dims, own_layers=layers, all_layers=every)
+            return w.reshape(*every.shape[1:], *w.shape[1:]) if stacked else w
 
-        return self.auto(jax.tree_util.tree_map_with_path(one, params))
+        return self._on_shards(one, params, own, to_whole=True)
+
+    def accumulators(self, params: Params) -> Params:
+        """Zeros for the gradients of whole parameters, float32, sharded as they are."""
+
+        def one(path: Any, w: jax.Array) -> jax.Array:
+            spec = to_spec(self._auto_dims(path, whole=True))
+            return jax.lax.with_sharding_constraint(vary(jnp.zeros(w.shape, jnp.float32)), spec)
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     def reduced(self, grads: Params, own: jax.Array) -> Params:
-        """The way back, summed over all axes by hand."""
+        """The way back of `whole`, summed over all axes by hand."""
 
-        def one(path: Any, g: jax.Array) -> jax.Array:
-            stacked = self.is_stacked(path)
+        def one(path: Any, g: jax.Array, layers: jax.Array | None) -> jax.Array:
             return stages_lib.reduce(
-                g.reshape(-1, *g.shape[2:]) if stacked else g,
+                g if layers is None else g.reshape(-1, *g.shape[2:]),
                 self._hand_dims(path),
-                own_layers=own.reshape(-1) if stacked else None,
+                own_layers=layers,
                 all_layers=self.stages.layers,
                 num_layers=self.stages.num_layers,
                 hand=self.hand,
             )
 
-        return jax.tree_util.tree_map_with_path(one, grads)
+        return self._on_shards(one, grads, own, to_whole=False)
 
 
 def pipeline_rules(
@@ -293,8 +326,8 @@ def _num_microbatches(config: PipelineConfig, train: TrainConfig, layout: Layout
     return config.num_microbatches
 
 
-def _zeros(shapes: Tree, dtype: Any = None) -> Tree:
-    return vary(jax.tree.map(lambda s: jnp.zeros(s.shape, dtype or s.dtype), shapes))
+def _zeros(shapes: Tree) -> Tree:
+    return vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
 
 def _cond(pred: jax.Array, yes: Callable[..., Tree], no: Callable[..., Tree], *operands: Tree):
@@ -568,7 +601,7 @@ def _gradients(
     x = step.activation
     slots = pipe.schedule.num_input_slots
     stack = pipe.task.stack
-    accumulators = pipe.auto(_zeros({stack: step.blocks, **step.outer}, jnp.float32))
+    accumulators = pipe.accumulators({stack: step.blocks, **step.outer})
     start = _Carry(
         x=_zeros(x),
         g=_zeros(x),
