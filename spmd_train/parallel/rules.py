@@ -119,6 +119,33 @@ class Layout:
             size *= self.mesh.shape[axis]
         return size
 
+    def with_copies(self, axis: str) -> Layout:
+        """The layout in which `axis` shards no parameter: it copies the model, and splits the batch.
+
+        The mesh's own where `axis` has size 1.
+        """
+        if self.mesh.shape[axis] == 1:
+            return self
+
+        def without(axes: Sequence[str]) -> tuple[str, ...]:
+            return tuple(a for a in axes if a != axis)
+
+        rules = {name: without(axes) for name, axes in self.rules.items()}
+        rules["batch"] = (axis, *rules["batch"])
+        specs = {
+            path: to_spec([without(dim) for dim in dims_of(spec, ndim=len(spec))])
+            for path, spec in self.param_specs.items()
+        }
+        return Layout(self.mesh, rules, specs)
+
+    def constrain_params(self, params: Any) -> Any:
+        """Lays a tree of parameters out as this layout says."""
+
+        def one(path: Any, w: jax.Array) -> jax.Array:
+            return _constrain(w, self.param_specs[leaf_path(path)], self.mesh)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
     def activation_spec(self, shape: Sequence[int], axes: LogicalAxes) -> P:
         """The spec of an activation: axes in order, each mesh axis once, only dims that divide."""
         used: set[str] = set(manual_axes())
