@@ -130,9 +130,7 @@ class Transformer(nnx.Module):
         x_BTD, cache, _ = self.run_blocks(x_BTD, tokens=tokens, dropout=dropout, cache=cache)
         return self.finish(x_BTD), cache
 
-    def embed(
-        self, ids_BT: jax.Array, *, tokens: Tokens, dropout: DropoutKeys | None
-    ) -> jax.Array:
+    def embed(self, ids_BT: jax.Array, *, tokens: Tokens, dropout: DropoutKeys | None) -> jax.Array:
         """What enters the first block, [B, T, D] in the compute dtype."""
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)

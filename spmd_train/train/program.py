@@ -7,7 +7,6 @@ Nothing else jits a train step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +30,7 @@ from spmd_train.tasks import Batch, LossOutput, Task
 from spmd_train.train.accumulate import sum_gradients
 from spmd_train.train.pipeline import Pipeline, make_pipeline, pipeline_rules
 from spmd_train.train.state import FunctionalModel, Params, TrainState
+from spmd_train.train.ticks import pipelined_gradients, pipelined_sums
 
 Metrics = dict[str, jax.Array]
 
@@ -143,7 +143,7 @@ def make_program(
                 return task.loss(model.merge(params), microbatch, key=key)
 
             if pipe is not None:
-                grads, sums, _ = pipe.gradients(state.params, batch, key=key)
+                grads, sums, _ = pipelined_gradients(pipe, state.params, batch, key=key)
             else:
                 grads, sums = sum_gradients(
                     loss,
@@ -167,7 +167,7 @@ def make_program(
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
             if pipe is not None:
-                return _metrics(pipe.sums(params, batch))
+                return _metrics(pipelined_sums(pipe, params, batch))
             return _metrics(task.loss(model.merge(params), batch, key=None))
 
     abstract = jax.eval_shape(init, 0)
