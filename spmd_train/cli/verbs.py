@@ -78,6 +78,12 @@ def _folder(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
+def _file(text: str) -> pathlib.Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file, but is empty")
+    return pathlib.Path(text)
+
+
 CONFIG = Flag(
     name="config",
     metavar="FILE[:ARG]",
@@ -227,6 +233,24 @@ VERBS: tuple[Verb, ...] = (
         about="Compiles the train step and prints the compiler's own account of its memory.",
         example="spmd-train inspect memory --simulate_devices=8 --config.model.remat=full",
         flags=_INSPECT,
+    ),
+    Verb(
+        words=("inspect", "schedule"),
+        module="spmd_train.cli.inspect_schedule",
+        summary="the pipeline's ticks, and what they cost",
+        about="Prints what each stage of the pipeline does in each tick, the part of the time in "
+        "which it waits, and what is kept and sent; draws it, too. Compiles nothing.",
+        example="spmd-train inspect schedule --simulate_devices=4 --config.mesh.pipeline=4 "
+        "--config.pipeline.schedule=zero_bubble --svg=schedule.svg",
+        flags=(
+            *_INSPECT,
+            Flag(
+                name="svg",
+                metavar="FILE",
+                type=_file,
+                help="also draw it, to this file",
+            ),
+        ),
     ),
     Verb(
         words=("convert", "import"),

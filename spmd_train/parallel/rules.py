@@ -120,7 +120,7 @@ class Layout:
         return size
 
     def with_copies(self, axis: str) -> Layout:
-        """The layout in which `axis` shards no parameter: it copies the model, and splits the batch.
+        """The layout in which `axis` shards no parameter: it copies the model and splits the batch.
 
         The mesh's own where `axis` has size 1.
         """

@@ -91,10 +91,6 @@ class Schedule:
             for device, cell in enumerate(row):
                 yield tick, device, cell
 
-    def is_first(self, device: int, unit: Unit) -> bool:
-        """Whether the unit is of the first virtual stage, the one that embeds."""
-        return device == 0 and unit.chunk == 0
-
     def is_last(self, device: int, unit: Unit) -> bool:
         """Whether the unit is of the last virtual stage, the one with the head and the loss."""
         return device == self.num_stages - 1 and unit.chunk == self.num_chunks - 1

@@ -7,7 +7,7 @@ whole over all axes that are taken by hand, and take the gradients the same way 
 | the leaf is sharded | in | out |
 |---|---|---|
 | by stage, on its first dim | nothing | nothing |
-| over `pipeline`, on another dim | all-to-all: all layers' parts for all of own layers | all-to-all |
+| over `pipeline`, on another dim | all-to-all: parts of all layers for own layers | all-to-all |
 | not over `pipeline`, but stacked | its own layers | all-reduce |
 | over another axis by hand | all-gather | reduce-scatter |
 | not over an axis by hand | nothing | all-reduce |

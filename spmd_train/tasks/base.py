@@ -72,6 +72,11 @@ class LayeredTask(Task, Protocol):
         """The dtype of activations and of the matrices they are multiplied by."""
         ...
 
+    @property
+    def head_layers(self) -> float:
+        """FLOPs of the head's forward pass, in those of one layer's."""
+        ...
+
     def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
         """What enters the first layer, [B, T, D]."""
         ...

@@ -46,6 +46,15 @@ class LanguageModel:
         """Transformer blocks."""
         return self.model_config.num_layers
 
+    @property
+    def head_layers(self) -> float:
+        """The head's matmul, in those of a block; attention counts its causal half."""
+        c, k = self.model_config, self.model_config.resolved_head_dim
+        mlp = (3 if c.mlp == "swiglu" else 2) * c.mlp_dim * c.embed_dim
+        projections = 2 * (c.num_heads + c.resolved_kv_heads) * k * c.embed_dim
+        attention = self.sequence_length * c.num_heads * k
+        return c.vocab_size * c.embed_dim / (mlp + projections + attention)
+
     def make_model(self, key: jax.Array) -> Transformer:
         """Builds the transformer."""
         return Transformer(self.model_config, rngs=nnx.Rngs(params=key))

@@ -18,7 +18,7 @@ from spmd_train.parallel.rules import Layout, axes_of, dims_of, leaf_path, to_sp
 from spmd_train.parallel.schedule_table import Schedule
 from spmd_train.parallel.schedules import make_schedule
 from spmd_train.parallel.stages import AXIS, Stages
-from spmd_train.tasks import LayeredTask, Task
+from spmd_train.tasks import Batch, LayeredTask, Task
 from spmd_train.train.state import FunctionalModel, Params
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,26 @@ class Pipeline:
             return mapped(tree, own)
         by_hand = jax.shard_map(mapped, in_specs=(inner, P()), out_specs=outer, axis_names=axes)
         return by_hand(tree, own)
+
+    def deferred_bytes(self, *, rows: int) -> int:
+        """What a device keeps for W, undivided by tensor parallelism; 0 where B makes all gradients.
+
+        Args:
+            rows: examples of a microbatch on a device.
+        """
+        slots = self.schedule.num_deferred_slots
+        if not slots:
+            return 0
+
+        def operands(params: Params, batch: Batch) -> Any:
+            model = self.model.merge(params)
+            x = self.task.embed(model, batch, key=None)
+            return self.task.run_layers(model, x, batch, key=None, taps={})[1]
+
+        batch = self.task.batch_shapes(rows)
+        shapes = jax.tree.leaves(jax.eval_shape(operands, self.model.abstract_params, batch))
+        layers = max(self.stages.sizes), self.stages.num_layers
+        return slots * sum(s.size * s.dtype.itemsize for s in shapes) * layers[0] // layers[1]
 
     def whole(self, params: Params, own: jax.Array) -> Params:
         """Parameters of this device's stages, from its shards; cast to compute with."""

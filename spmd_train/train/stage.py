@@ -1,4 +1,4 @@
-"""What one device of a pipeline has and computes: its layers, its microbatches, one unit of work."""
+"""What one device of a pipeline has and computes: its layers, its microbatches, a unit of work."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 One `shard_map` takes the pipeline axis by hand, and with it the axes that copy the model
 (`replica`, `data`) and, with `pipeline.gather = "step"`, `fsdp`. In it a scan goes through the
-schedule's ticks. Each slot of a tick is under a `lax.cond`, so that a device that has nothing to do computes
-nothing. Only inputs of stages are kept between F and B; a B computes its stage once more. Between
-ticks, activations go to the next device and gradients to the one before.
+schedule's ticks. Each slot of a tick is under a `lax.cond`, so that a device that has nothing to do
+computes nothing. Only inputs of stages are kept between F and B; a B computes its stage once more.
+Between ticks, activations go to the next device and gradients to the one before.
 
 Tensor parallelism inside a stage stays with XLA: its collectives stand inside the branches, and all
 devices of such a group take the same one.
