@@ -82,7 +82,7 @@ def _zero_bubble(p: int, m: int, v: int) -> Schedule:
     bare = _table(p, *_streams(p, m, v, start=p - 1))
     full = range(p - 1, m + p - 1)
     candidates = []
-    for skipped in range(0, min(4 * (p - 1), m) + 1, max(1, (p - 1) // 2)):
+    for skipped in sorted({min(k * (p - 1) // 2, m) for k in range(9)}):
         for drain in range(3):
             longer = [0] * len(bare)
             for tick in full[skipped:]:

@@ -101,7 +101,7 @@ class Pipeline:
         return by_hand(tree, own)
 
     def deferred_bytes(self, *, rows: int) -> int:
-        """What a device keeps for W, undivided by tensor parallelism; 0 where B makes all gradients.
+        """What a device keeps for W, undivided by tensor parallelism; 0 where there is no W.
 
         Args:
             rows: examples of a microbatch on a device.
