@@ -95,7 +95,9 @@ def test_pipeline_errors_name_both_numbers():
     with pytest.raises(ConfigError, match=r"num_microbatches: 6 does not divide the 16 .* is 4"):
         program({"pipeline": 2}, pipeline={"num_microbatches": 6})
     with pytest.raises(ConfigError, match="no even parts in order"):
-        program({"pipeline": 2}, num_layers=5, rules={"layers": "pipeline", "embed": "none"})
+        program(
+            {"pipeline": 2}, pipeline={"schedule": "interleaved"}, rules={"layers": "pipeline"}
+        )
 
 
 def test_pipeline_warns_of_too_few_microbatches(caplog):
