@@ -19,15 +19,21 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.num_heads = 4
     config.model.mlp_dim = 352
     config.model.vocab_size = 256
+    config.model.scan_unroll = 4  # A scan costs a CPU more than a larger program does.
 
     config.data.source = "stdlib"
     config.data.tokenizer = "bytes"
     config.data.sequence_length = 256
 
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.schedule.warmup_steps = 20
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.b1 = 0.95
+    config.optimizer.schedule.warmup_steps = 30
 
-    config.train.num_steps = 300
-    config.train.global_batch_size = 16
+    config.train.num_steps = 800
+    config.train.global_batch_size = 8
+    config.train.log_every = 20
+    config.train.eval_every = 400
+    config.train.checkpoint_every = 400
     config.sample.prompt = "def "
     return config

@@ -94,7 +94,7 @@ def mean_loss(params, batch, model):
 
 
 def own_params(weights: dict[str, np.ndarray], num_layers: int) -> dict[str, Any]:
-    """The trainer's weights in this file's own form: a dict for each layer, matrices in two dims."""
+    """The trainer's weights in this file's form: a dict for each layer, matrices in two dims."""
     heads_in = {name: f"attention/{name}/kernel" for name in ("query", "key", "value")}
     names = {name: f"mlp/{name}/kernel" for name in ("gate", "up", "down")} | heads_in
     stacked = {name: weights[f"blocks/{path}"] for name, path in names.items()}

@@ -1,7 +1,7 @@
 """Checkpoints: the one file that knows Orbax.
 
-`WORKDIR/checkpoints/STEP/` holds `state` (the train state, as Orbax writes any tree) and `meta` (JSON:
-the config, the data position, what made it). Both can be read without this project.
+`WORKDIR/checkpoints/STEP/` holds `state` (the train state, as Orbax writes any tree) and `meta`
+(JSON: the config, the data position, what made it). Both can be read without this project.
 """
 
 from __future__ import annotations

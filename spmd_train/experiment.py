@@ -1,4 +1,4 @@
-"""The composition root: config -> mesh -> task -> program -> loop. The room that sees everything."""
+"""The composition root, which sees every room: config -> mesh -> task -> program -> loop."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
 
     Args:
         config: what to train.
-        workdir: made if it is missing; holds config.json, checkpoints/, metrics.jsonl, tensorboard/.
+        workdir: made if it is missing: config.json, checkpoints/, metrics.jsonl, tensorboard/.
 
     Raises:
         ConfigError: the config is impossible, or does not fit the workdir's checkpoint.

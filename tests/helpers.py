@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from spmd_train.config import (
     LossConfig,
@@ -40,9 +44,12 @@ OPTIMIZER = OptimizerConfig(
 )
 TRAIN = TrainConfig(num_steps=10, global_batch_size=32, seed=3)
 LENGTH = 32
-SEQUENCE_SHARDED = ShardingConfig(rules={"residual_sequence": "context+tensor"})
+SEQUENCE_SHARDED = ShardingConfig(rules={"residual_sequence": "tensor"})
 
 Arrays = Mapping[str, np.ndarray]
+
+# The machine code may be slow: half the time to compile. What XLA does before is the same.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def program_of(
@@ -119,14 +126,67 @@ def put(program: Program, batch: Arrays) -> dict[str, jax.Array]:
     )
 
 
+def put_state(program: Program, state: Any) -> Any:
+    """Copies a state from anywhere into the program's shardings."""
+    shardings = jax.tree.map(lambda s: s.sharding, program.abstract_state)
+    return jax.device_put(jax.tree.map(np.array, jax.device_get(state)), shardings)
+
+
+@contextlib.contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """XLA compiles what is compiled within: it logs, and every analysis of the program is there."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def stderr_of_xla() -> Iterator[list[str]]:
+    """Collects what is written to file descriptor 2 within, as one string in the list."""
+    found: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield found
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            found.append(file.read().decode())
+
+
+def compile_step(program: Program) -> tuple[jax.stages.Compiled, str]:
+    """The train step, quickly compiled, and what XLA logged."""
+    lowered = program.lower_train_step()
+    with no_compilation_cache(), stderr_of_xla() as log:
+        compiled = lowered.compile(compiler_options=QUICK)
+    return compiled, log[0]
+
+
 def run_steps(
-    program: Program, batches: Sequence[Arrays], *, state: TrainState | None = None
+    program: Program,
+    batches: Sequence[Arrays],
+    *,
+    state: TrainState | None = None,
+    step: Any = None,
 ) -> tuple[np.ndarray, TrainState]:
-    """Losses per token of a step on each batch, and the state after them."""
+    """Losses per token of a step on each batch, and the state after them.
+
+    Args:
+        program: the program.
+        batches: on the host.
+        state: donated; None: a fresh one.
+        step: the compiled step; None: `program.train_step`.
+    """
     state = program.init(TRAIN.seed) if state is None else state
     losses = []
     for batch in batches:
-        state, metrics = program.train_step(state, put(program, batch))
+        state, metrics = (step or program.train_step)(state, put(program, batch))
         losses.append(float(metrics["loss_sum"]) / float(metrics["weight_sum"]))
     return np.array(losses), state
 

@@ -16,7 +16,7 @@ from spmd_train.nn.mlp import MLP
 from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import SAVED_NAME, Operands, Projection, Tape, recording
-from spmd_train.parallel.rules import constrain, unshard
+from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard
 from spmd_train.parallel.stages import Layers
 
 RESIDUAL = ("batch", "residual_sequence", None)
@@ -203,9 +203,10 @@ class Transformer(nnx.Module):
             y = y if which.exists is None else jnp.where(which.exists, y, x)
             return y, (cache, tape and tape.operands)
 
-        if config.remat != "none":
+        policy = keep_all_but_gathered() if config.remat == "none" else REMAT_POLICIES[config.remat]
+        if policy is not None:
             # prevent_cse is not needed inside a scan and costs barriers.
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         with jax.named_scope("blocks"):
             x_BTD, (caches, operands) = jax.lax.scan(
                 layer,

@@ -27,12 +27,12 @@ class Embedding(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         """Makes the table [num_rows, size]."""
-        self.rows = axes[0]
+        self.axes = axes
         self.table = param(rngs, (num_rows, size), axes, init=normal(scale), dtype=dtype)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Looks int32 [B, T] up as [B, T, size]."""
-        return take_rows(self.table[...], ids_BT, rows=self.rows, tokens=("batch", "sequence"))
+        return take_rows(self.table[...], ids_BT, axes=self.axes, tokens=("batch", "sequence"))
 
 
 def rope_frequencies(config: RopeConfig, *, head_dim: int) -> jax.Array:

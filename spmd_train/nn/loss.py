@@ -80,4 +80,12 @@ def cross_entropy_sums(
     sums = functools.partial(_sums, softcap=softcap)
     if chunk == 0 or chunk >= hidden_BTD.shape[1]:
         return sums(hidden_BTD, kernel_DV, targets_BT, weights_BT)
-    return sum_over_tokens(sums, hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk=chunk)
+    return sum_over_tokens(
+        sums,
+        hidden_BTD,
+        kernel_DV,
+        targets_BT,
+        weights_BT,
+        kernel_axes=("embed", "vocab"),
+        chunk=chunk,
+    )

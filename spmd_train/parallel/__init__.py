@@ -1,1 +1,1 @@
-"""Where arrays live: the device mesh, the rules from logical to mesh axes, the plan leaf by leaf."""
+"""Where arrays live: the device mesh, the rules from logical to mesh axes, the plan by leaf."""

@@ -6,7 +6,7 @@ once, and they can stand inside another `shard_map` (whose automatic derivative 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from spmd_train.parallel.rules import (
     LogicalAxes,
     axes_of,
     current_layout,
+    dims_of,
     manual_axes,
     to_spec,
 )
@@ -28,7 +29,7 @@ Tree = Any
 
 
 def _by_hand(
-    f: Callable[..., Any], layout: Layout, axes: Sequence[str], in_specs: Any, out_specs: Any
+    f: Callable[..., Any], layout: Layout, axes: Collection[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """`f` on each device's shards over `axes`; the other axes stay with XLA."""
     if not axes:
@@ -45,7 +46,42 @@ def _zeros(shape: Sequence[int], dtype: Any, *, varying_like: Sequence[jax.Array
     return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
-def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: LogicalAxes) -> jax.Array:
+def _add_up(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.Array:
+    """The sum of the parts that devices have of a parameter's gradient: ZeRO's reduce-scatter.
+
+    Args:
+        partial: [N, *shape], one part for each device of `axes`.
+        axes: mesh axes.
+        names: the parameter's logical axes; those on `axes` shard the sum.
+
+    Returns:
+        [*shape].
+    """
+    layout = current_layout()
+    if layout is None or not axes:
+        return partial[0]
+    spec = layout.activation_spec(partial.shape[1:], names)
+    dims = dims_of(spec, ndim=len(names))
+    kept = [tuple(a for a in dim if a not in axes) for dim in dims]
+    scattered = [tuple(a for a in dim if a in axes) for dim in dims]
+    copies = tuple(a for a in axes if a not in axes_of(spec))
+
+    def add(x: jax.Array) -> jax.Array:
+        x = x[0]
+        for dim, over in enumerate(scattered):
+            if over:
+                x = jax.lax.psum_scatter(x, over, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(x, copies) if copies else x
+
+    # By hand over the axes that stay, too: XLA would gather them for a reduce-scatter.
+    by_hand = {*axes, *axes_of(spec)}
+    summed = to_spec([k + s for k, s in zip(kept, scattered, strict=True)])
+    return _by_hand(add, layout, by_hand, to_spec([tuple(axes), *kept]), summed)(partial)
+
+
+def take_rows(
+    table_RD: jax.Array, ids: jax.Array, *, axes: tuple[str, str], tokens: LogicalAxes
+) -> jax.Array:
     """Looks up rows of a table whose rows may be sharded.
 
     Every device looks its own tokens up in its own rows; one sum over the rows' mesh axes completes
@@ -55,7 +91,7 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
     Args:
         table_RD: gathered over the batch's mesh axes.
         ids: int32, one dim per entry of `tokens`.
-        rows: logical axis of R.
+        axes: logical axes of R and D.
         tokens: logical axes of the ids.
 
     Returns:
@@ -67,8 +103,8 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
     ids_spec = layout.activation_spec(ids.shape, tokens)
     token_axes = axes_of(ids_spec)
     taken = (*token_axes, *manual_axes())
-    row_axes = tuple(a for a in layout.axes(rows) if a not in taken)
-    axes = (*row_axes, *token_axes)
+    row_axes = tuple(a for a in layout.axes(axes[0]) if a not in taken)
+    by_hand = (*row_axes, *token_axes)
     table_spec = to_spec([row_axes])
 
     def own(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -84,17 +120,17 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
         found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
         return jax.lax.psum(jnp.where(here[..., None], found, 0), row_axes)
 
-    def add_up(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
+    def own_gradient(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
         ids, here = own(ids, table.shape[0])
         # Rows of other devices are dropped: they are out of bounds.
         ids = jnp.where(here, ids, table.shape[0])
         zeros = _zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
         total = zeros.at[ids].add(g.astype(jnp.float32), mode="drop")
-        return jax.lax.psum(total.astype(table.dtype), token_axes) if token_axes else total
+        return total.astype(table.dtype)[None]
 
     @jax.custom_vjp
     def take(table: jax.Array, ids: jax.Array) -> jax.Array:
-        return _by_hand(look_up, layout, axes, (table_spec, ids_spec), ids_spec)(table, ids)
+        return _by_hand(look_up, layout, by_hand, (table_spec, ids_spec), ids_spec)(table, ids)
 
     def forward(table: jax.Array, ids: jax.Array):
         return take(table, ids), (table, ids)
@@ -102,8 +138,9 @@ def take_rows(table_RD: jax.Array, ids: jax.Array, *, rows: str, tokens: Logical
     def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
         table, ids = saved
         specs = (ids_spec, ids_spec, table_spec)
-        grad = _by_hand(add_up, layout, axes, specs, table_spec)(ids, g, table)
-        return grad.astype(table.dtype), np.zeros(ids.shape, jax.dtypes.float0)
+        parts = to_spec([token_axes, row_axes])
+        partial = _by_hand(own_gradient, layout, by_hand, specs, parts)(ids, g, table)
+        return _add_up(partial, token_axes, axes), np.zeros(ids.shape, jax.dtypes.float0)
 
     take.defvjp(forward, backward)
     return take(table_RD, ids)
@@ -114,6 +151,7 @@ def sum_over_tokens(
     hidden_BTD: jax.Array,
     kernel: jax.Array,
     *labels_BT: jax.Array,
+    kernel_axes: LogicalAxes,
     chunk: int,
 ) -> Tree:
     """Sums `f(hidden, kernel, *labels)` over devices and, on each, over chunks of the sequence.
@@ -127,6 +165,7 @@ def sum_over_tokens(
         hidden_BTD: activations.
         kernel: the same on all devices that split the batch and the sequence.
         *labels_BT: what else belongs to each token; not differentiated.
+        kernel_axes: its logical axes, by which its gradient is sharded.
         chunk: tokens of a device's sequence per chunk; if it does not divide them, the next
             smaller number that does.
 
@@ -178,7 +217,7 @@ def sum_over_tokens(
         zeros = _zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
         kernel_grad, hidden_grads = jax.lax.scan(add, zeros, parts)
         hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)
-        return hidden_grad, total(kernel_grad.astype(kernel.dtype))
+        return hidden_grad, kernel_grad.astype(kernel.dtype)[None]
 
     @jax.custom_vjp
     def summed(hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Tree:
@@ -190,8 +229,9 @@ def sum_over_tokens(
 
     def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
         specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
-        grads = by_hand(gradients_of, specs, (spec, P()))(g, *saved)
-        return *grads, *(_no_gradient(x) for x in saved[2:])
+        hidden_grad, partial = by_hand(gradients_of, specs, (spec, to_spec([axes])))(g, *saved)
+        kernel_grad = _add_up(partial, axes, kernel_axes)
+        return hidden_grad, kernel_grad, *(_no_gradient(x) for x in saved[2:])
 
     summed.defvjp(forward, backward)
     return summed(hidden_BTD, kernel, *labels_BT)

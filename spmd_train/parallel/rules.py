@@ -1,7 +1,7 @@
 """Logical axes to mesh axes, and the context in which modules name only logical ones.
 
 A module says `constrain(x_BTD, ("batch", "residual_sequence", None))`; what that means on today's
-mesh is decided here, from the rule table of the config. Outside `use_layout` nothing is constrained.
+mesh is decided here, from the rule table of the config. Outside `use_layout` it means nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,6 +146,11 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(one, params)
 
+    @property
+    def gathered(self) -> frozenset[str]:
+        """Mesh axes that hold shards of parameters but compute with whole ones (`unshard`)."""
+        return frozenset(self.axes("batch")) - frozenset(self.axes("expert"))
+
     def activation_spec(self, shape: Sequence[int], axes: LogicalAxes) -> P:
         """The spec of an activation: axes in order, each mesh axis once, only dims that divide."""
         used: set[str] = set(manual_axes())
@@ -257,15 +262,37 @@ def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = F
             return w
         leaf = path + "/" + leaf_path(key_path)
         planned = dims_of(layout.param_specs[leaf], ndim=w.ndim + stacked)[stacked:]
-        gathered_axes = set(layout.axes("batch")) - set(layout.axes("expert"))
         manual = set(manual_axes())
-        whole = [tuple(a for a in dim if a not in gathered_axes | manual) for dim in planned]
+        whole = [tuple(a for a in dim if a not in layout.gathered | manual) for dim in planned]
         sharded = [tuple(a for a in dim if a not in manual) for dim in planned]
         if whole == sharded:
             return w
         return _gather(w, to_spec(whole), to_spec(sharded), layout.mesh)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def keep_all_but_gathered() -> Callable[..., bool] | None:
+    """A policy of `jax.checkpoint` that recomputes nothing but what `unshard` gathers.
+
+    Without it the backward pass of a scan finds the gathered parameters of all layers in memory.
+
+    Returns:
+        The policy; None if no parameter is gathered.
+    """
+    layout = _layout.get()
+    if layout is None or layout.gathered.isdisjoint(
+        axis for spec in layout.param_specs.values() for axis in axes_of(spec)
+    ):
+        return None
+
+    def keep(primitive: Any, *_: Any, **params: Any) -> bool:
+        # Activations, which are constrained too, stay sharded by their batch.
+        return primitive.name != "sharding_constraint" or not layout.gathered.isdisjoint(
+            axes_of(params["sharding"].spec)
+        )
+
+    return keep
 
 
 def leaf_path(key_path: Sequence[Any]) -> str:
