@@ -25,7 +25,7 @@ from spmd_train.config import (
 )
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
-from spmd_train.parallel.rules import Layout, make_rules, use_layout
+from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
 from spmd_train.tasks import Batch, LossOutput, Task
 from spmd_train.train.accumulate import sum_gradients
 from spmd_train.train.pipeline import Pipeline, make_pipeline, pipeline_rules
@@ -113,6 +113,9 @@ def make_program(
     )
     layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
     _check_batch(train, layout)
+    batch_axes = task.batch_axes()
+    shapes = task.batch_shapes(train.global_batch_size)
+    _check_sequence(shapes, batch_axes, layout)
     pipe = make_pipeline(task, model=model, layout=layout, config=pipeline, train=train)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
@@ -173,8 +176,6 @@ def make_program(
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
     shardings = shardings_of(abstract, plans, mesh=mesh)
-    batch_axes = task.batch_axes()
-    shapes = task.batch_shapes(train.global_batch_size)
     abstract_batch = {
         name: jax.ShapeDtypeStruct(
             s.shape,
@@ -228,3 +229,23 @@ def _check_batch(train: TrainConfig, layout: Layout) -> None:
             f"microbatches is {microbatch} sequences, which do not divide over "
             f"{' x '.join(axes)} = {shards} devices; the nearest that does is {near}"
         )
+
+
+def _check_sequence(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    axes_of: Mapping[str, LogicalAxes],
+    layout: Layout,
+) -> None:
+    """An activation whose dim does not divide is not sharded; the sequence is worth an error."""
+    dims = {dim for name, s in shapes.items() for dim in zip(axes_of[name], s.shape, strict=True)}
+    lengths = [size for name, size in dims if name == "sequence"]
+    for rule in ("sequence", "residual_sequence"):
+        axes = layout.axes(rule)
+        shards = layout.size(axes)
+        for length in lengths:
+            if length % shards:
+                near = max(shards, round(length / shards) * shards)
+                raise ConfigError(
+                    f"data.sequence_length: {length} does not divide over {' x '.join(axes)} = "
+                    f"{shards} devices (sharding.rules.{rule}); the nearest that does is {near}"
+                )
