@@ -96,6 +96,7 @@ def build(config: ExperimentConfig, *, devices: Sequence[Any] | None = None) -> 
         optimizer=config.optimizer,
         train=config.train,
         context=config.context,
+        pipeline=config.pipeline,
     )
     check_heads(config.model.num_heads, config.model.resolved_kv_heads, program.layout)
     return Experiment(config=config, task=task, program=program)

@@ -92,6 +92,12 @@ def _folder(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
+def _file(text: str) -> pathlib.Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file, but is empty")
+    return pathlib.Path(text)
+
+
 CONFIG = Flag(
     name="config",
     metavar="FILE[:ARG]",
@@ -306,6 +312,24 @@ VERBS: tuple[Verb, ...] = (
         "Compiles nothing.",
         example="spmd-train inspect context --simulate_devices=8 --config.mesh.context=8",
         flags=_INSPECT,
+    ),
+    Verb(
+        words=("inspect", "schedule"),
+        module="spmd_train.cli.inspect_schedule",
+        summary="the pipeline's ticks, and what they cost",
+        about="Prints what each stage of the pipeline does in each tick, the part of the time in "
+        "which it waits, and what is kept and sent; draws it, too. Compiles nothing.",
+        example="spmd-train inspect schedule --simulate_devices=4 --config.mesh.pipeline=4 "
+        "--config.pipeline.schedule=zero_bubble --svg=schedule.svg",
+        flags=(
+            *_INSPECT,
+            Flag(
+                name="svg",
+                metavar="FILE",
+                type=_file,
+                help="also draw it, to this file",
+            ),
+        ),
     ),
     Verb(
         words=("convert", "import"),

@@ -27,13 +27,14 @@ class Conflict(NamedTuple):
     message: str
 
 
-_UNAVAILABLE_AXES = ("replica", "pipeline")
+_UNAVAILABLE_AXES = ("replica",)
 
 
 def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
     """All contradictions in a config whose single values are each allowed."""
     yield from _mesh_conflicts(config.mesh)
     yield from _sharding_conflicts(config.sharding)
+    yield from _pipeline_conflicts(config)
     yield from _model_conflicts(config.model)
     yield from _moe_conflicts(config)
     yield from _data_conflicts(config.data)
@@ -55,8 +56,30 @@ def _mesh_conflicts(mesh: schema.MeshConfig) -> Iterator[Conflict]:
             yield Conflict(
                 {path: size},
                 "this axis is not yet possible in this version and must be 1; "
-                "use mesh.data, mesh.fsdp, mesh.expert, mesh.context and mesh.tensor",
+                "use the other axes of the mesh",
             )
+
+
+def _pipeline_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
+    pipeline, mesh = config.pipeline, config.mesh
+    if mesh.pipeline * mesh.dcn.pipeline != 1:
+        others = {"mesh.context": mesh.context * mesh.dcn.context != 1}
+        others["moe.num_experts"] = config.moe.num_experts > 0
+        values = {"mesh.context": mesh.context, "moe.num_experts": config.moe.num_experts}
+        for path, used in others.items():
+            if used:
+                yield Conflict(
+                    {"mesh.pipeline": mesh.pipeline, path: values[path]},
+                    "a pipeline and this are not yet possible together; use fsdp or tensor",
+                )
+    if pipeline.schedule != "interleaved" and pipeline.virtual_stages > 1:
+        yield Conflict(
+            {
+                "pipeline.schedule": pipeline.schedule,
+                "pipeline.virtual_stages": pipeline.virtual_stages,
+            },
+            "only the schedule interleaved has more than one virtual stage on a device",
+        )
 
 
 def _sharding_conflicts(sharding: schema.ShardingConfig) -> Iterator[Conflict]:

@@ -125,6 +125,39 @@ class ContextConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How microbatches go through the stages of `mesh.pipeline`."""
+
+    schedule: str = key(
+        "1f1b",
+        "gpipe: all forwards, then all backwards; 1f1b: a backward as soon as there can be one; "
+        "interleaved: 1f1b with several virtual stages on a device; zero_bubble: 1f1b with weight "
+        "gradients where a device would wait",
+        choices=("gpipe", "1f1b", "interleaved", "zero_bubble"),
+    )
+    num_microbatches: int = key(
+        0,
+        "parts that go through the pipeline in a step (of each of train.grad_accumulation's); 0: "
+        "as many as the batch allows, up to 4 per stage",
+        at_least=0,
+    )
+    virtual_stages: int = key(
+        0, "interleaved: runs of layers on a device; 0: 2 (the other schedules have 1)", at_least=0
+    )
+    gather: str = key(
+        "step",
+        "fsdp inside a stage: its weights are gathered once per step and kept, or once per "
+        "microbatch (less memory, more traffic); `spmd-train inspect schedule` tells the cost",
+        choices=("step", "microbatch"),
+    )
+
+    @property
+    def resolved_virtual_stages(self) -> int:
+        """Virtual stages per device."""
+        return self.virtual_stages or (2 if self.schedule == "interleaved" else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding (Su et al., arXiv:2104.09864)."""
 
@@ -454,6 +487,7 @@ class ExperimentConfig:
     task: str = key("language_model", "what is learnt", choices=("language_model",))
     mesh: MeshConfig = section(MeshConfig)
     sharding: ShardingConfig = section(ShardingConfig)
+    pipeline: PipelineConfig = section(PipelineConfig)
     context: ContextConfig = section(ContextConfig)
     model: ModelConfig = section(ModelConfig)
     moe: MoEConfig = section(MoEConfig)

@@ -16,9 +16,10 @@ from spmd_train.nn.mlp import MLP
 from spmd_train.nn.moe import MoE
 from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
-from spmd_train.nn.projection import SAVED_NAME, Projection
+from spmd_train.nn.projection import SAVED_NAME, Operands, Projection, Tape, recording
 from spmd_train.nn.routing import RoutingStats
 from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard
+from spmd_train.parallel.stages import Layers
 
 RESIDUAL = ("batch", "residual_sequence", None)
 
@@ -166,20 +167,63 @@ class Transformer(nnx.Module):
         Returns:
             The output.
         """
+        x_BTD = self.embed(ids_BT, tokens=tokens, dropout=dropout)
+        x_BTD, cache, routing, _ = self.run_blocks(
+            x_BTD, tokens=tokens, dropout=dropout, cache=cache
+        )
+        return Output(self.finish(x_BTD), cache, routing)
+
+    def embed(self, ids_BT: jax.Array, *, tokens: Tokens, dropout: DropoutKeys | None) -> jax.Array:
+        """What enters the first block, [B, T, D] in the compute dtype."""
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         with jax.named_scope("embed"):
             x_BTD = _ready(self.embedding, "embedding", dtype)(ids_BT)
-            rope = None
             if self.positions is not None:
                 x_BTD += _ready(self.positions, "positions", dtype)(tokens.positions)
-            else:
-                head_dim = config.resolved_head_dim
-                rope = rope_angles(tokens.positions, config.rope, head_dim=head_dim)
             x_BTD = constrain(x_BTD, RESIDUAL)
-            if dropout is not None:
-                x_BTD = dropout.fold_in(config.num_layers).drop(x_BTD)
+            return x_BTD if dropout is None else dropout.fold_in(config.num_layers).drop(x_BTD)
 
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """The last norm: hidden states [B, T, D] from what leaves the last block."""
+        with jax.named_scope("final_norm"):
+            norm = _ready(self.final_norm, "final_norm", jnp.dtype(self.config.compute_dtype))
+            return constrain(norm(x_BTD), ("batch", "sequence", None))
+
+    def run_blocks(
+        self,
+        x_BTD: jax.Array,
+        *,
+        tokens: Tokens,
+        dropout: DropoutKeys | None,
+        cache: Cache | None = None,
+        layers: Layers | None = None,
+        taps: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Cache | None, RoutingStats | None, Operands | None]:
+        """Runs the blocks one after another.
+
+        Args:
+            x_BTD: what enters the first of them.
+            tokens: segments and positions.
+            dropout: keys of the step; None in evaluation.
+            cache: earlier tokens; the new ones are added to it.
+            layers: which ones the parameters of `blocks` are; None: all, in order.
+            taps: kernels' gradients are left for later: arrays like the outputs of the projections,
+                by their paths in a block, stacked; those not named tell their outputs.
+
+        Returns:
+            What leaves the last; the cache (None without one); the routing (None in a dense model);
+            of what the kernels' gradients are made, stacked (None without taps).
+        """
+        config = self.config
+        graphdef, stacked = nnx.split(self.blocks)
+        dtype = jnp.dtype(config.compute_dtype)
+        if layers is None:
+            layers = Layers(jnp.arange(config.num_layers))
+        rope = None
+        if self.positions is None:
+            head_dim = config.resolved_head_dim
+            rope = rope_angles(tokens.positions, config.rope, head_dim=head_dim)
         attention: dict[str, Any] = {"tokens": tokens, "rope": rope}
         seen = tokens
         if cache is not None:
@@ -190,45 +234,32 @@ class Transformer(nnx.Module):
                 )
             )
             attention |= {"cached": seen, "cache_index": cache.end}
-        x_BTD, (layers, routing) = self._run_blocks(
-            x_BTD, dropout, cache.layers if cache is not None else None, attention
-        )
-        with jax.named_scope("final_norm"):
-            x_BTD = _ready(self.final_norm, "final_norm", dtype)(x_BTD)
-            x_BTD = constrain(x_BTD, ("batch", "sequence", None))
-        if cache is not None and layers is not None:
-            cache = Cache(layers, seen, cache.end + ids_BT.shape[1])
-        return Output(x_BTD, cache, routing)
 
-    def _run_blocks(
-        self,
-        x_BTD: jax.Array,
-        dropout: DropoutKeys | None,
-        caches: LayerCache | None,
-        attention: dict[str, Any],
-    ) -> tuple[jax.Array, tuple[LayerCache | None, RoutingStats | None]]:
-        config = self.config
-        graphdef, stacked = nnx.split(self.blocks)
-        dtype = jnp.dtype(config.compute_dtype)
-
-        def layer(x: jax.Array, xs: tuple[jax.Array, Any, LayerCache | None]):
-            index, params, cache = xs
+        def layer(x: jax.Array, xs: tuple[Layers, Any, LayerCache | None, Any]):
+            which, params, cache, taps = xs
             params = unshard(params, "blocks", dtype=dtype, stacked=True)
-            keys = None if dropout is None else dropout.fold_in(index)
+            keys = None if dropout is None else dropout.fold_in(which.indices)
             block = nnx.merge(graphdef, params)
-            return block(x, dropout=keys, cache=cache, **attention)
+            tape = None if taps is None else Tape(block, taps)
+            with recording(tape):
+                y, (cache, routing) = block(x, dropout=keys, cache=cache, **attention)
+            y = y if which.exists is None else jnp.where(which.exists, y, x)
+            return y, (cache, routing, tape and tape.operands)
 
         policy = keep_all_but_gathered() if config.remat == "none" else REMAT_POLICIES[config.remat]
         if policy is not None:
             # prevent_cse is not needed inside a scan and costs barriers.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         with jax.named_scope("blocks"):
-            return jax.lax.scan(
+            x_BTD, (caches, routing, operands) = jax.lax.scan(
                 layer,
                 x_BTD,
-                (jnp.arange(config.num_layers), stacked, caches),
-                unroll=min(config.scan_unroll, config.num_layers),
+                (layers, stacked, None if cache is None else cache.layers, taps),
+                unroll=min(config.scan_unroll, len(layers.indices)),
             )
+        if cache is None or caches is None:
+            return x_BTD, None, routing, operands
+        return x_BTD, Cache(caches, seen, cache.end + x_BTD.shape[1]), routing, operands
 
     def head_kernel(self) -> jax.Array:
         """The output head [D, V] in the compute dtype, gathered over the batch's mesh axes."""

@@ -1,10 +1,17 @@
-"""Every projection of every model: `project`, and the layer that holds its kernel."""
+"""Every projection of every model: `project`, the layer that holds its kernel, and a tape.
+
+The tape parts a projection's backward pass in two: the gradient of its input now, that of its
+kernel later, from what the tape has kept (`weight_gradients`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.nn.params import Initializer, param, zeros
-from spmd_train.parallel.rules import LogicalAxes, current_platform
+from spmd_train.parallel.rules import LogicalAxes, current_platform, vary
 from spmd_train.parallel.sequence import split_axes
 
 SAVED_NAME = "projection"
@@ -105,10 +112,108 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., *in_shape] to [..., *out_shape]."""
-        y = project(x, self.kernel[...].astype(x.dtype), num_contracted=self.num_contracted)
+        kernel, tape = self.kernel[...].astype(x.dtype), _tape.get()
+        if tape is None:
+            y = project(x, kernel, num_contracted=self.num_contracted)
+        else:
+            y = tape.project(self, x, kernel)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def dot_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[..., D] times [D, V] with a float32 result: logits."""
     return jnp.einsum("...d,dv->...v", x, kernel, preferred_element_type=jnp.float32)
+
+
+class Operands(NamedTuple):
+    """What the kernel gradients of a layer are made of.
+
+    Attributes:
+        inputs: of the projections, by their path in the layer; several paths, joined by `+`, where
+            they share an input.
+        outputs: of the projections that had no tap.
+    """
+
+    inputs: dict[str, jax.Array]
+    outputs: dict[str, jax.Array]
+
+
+@jax.custom_vjp
+def _tapped(y: jax.Array, tap: jax.Array) -> jax.Array:
+    """`y`; the gradient goes to the tap as well."""
+    return y
+
+
+_tapped.defvjp(lambda y, tap: (y, None), lambda _, g: (g, g))
+
+
+class Tape:
+    """Runs the projections of one layer without the gradients of their kernels."""
+
+    def __init__(self, layer: nnx.Module, taps: Mapping[str, jax.Array]) -> None:
+        """Finds the projections of the layer; `taps` are arrays shaped as their outputs."""
+        self._names = {
+            id(module): "/".join(map(str, path))
+            for path, module in nnx.iter_graph(layer)
+            if isinstance(module, Projection)
+        }
+        self._taps = taps
+        self._inputs: dict[str, jax.Array] = {}
+        self._outputs: dict[str, jax.Array] = {}
+
+    def project(self, projection: Projection, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """What the projection does; its kernel's gradient is zero, its output's is the tap's."""
+        name = self._names[id(projection)]
+        assert name not in self._inputs, f"{name} is used twice in a layer"
+        kernel = jax.lax.stop_gradient(kernel)
+        y = project(x, kernel, num_contracted=projection.num_contracted)
+        self._inputs[name] = x
+        if name in self._taps:
+            return _tapped(y, self._taps[name])
+        self._outputs[name] = y
+        return y
+
+    @property
+    def operands(self) -> Operands:
+        """What has been kept, each input once."""
+        sharing: dict[int, list[str]] = {}
+        for name, x in self._inputs.items():
+            sharing.setdefault(id(x), []).append(name)
+        inputs = {"+".join(names): self._inputs[names[0]] for names in sharing.values()}
+        return Operands(inputs, self._outputs)
+
+
+_tape: contextvars.ContextVar[Tape | None] = contextvars.ContextVar("tape", default=None)
+
+
+@contextlib.contextmanager
+def recording(tape: Tape | None) -> Iterator[None]:
+    """Lets the projections called inside go through a tape; None: they do not."""
+    token = _tape.set(tape)
+    try:
+        yield
+    finally:
+        _tape.reset(token)
+
+
+def weight_gradients(
+    inputs: Mapping[str, jax.Array], tap_gradients: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Gradients of kernels from what a tape has kept.
+
+    Args:
+        inputs: `Operands.inputs`, [B, T, *contracted] each.
+        tap_gradients: of the taps, [B, T, *out] each, by the projections' paths.
+
+    Returns:
+        [*contracted, *out] by the projections' paths, in the dtype of the inputs.
+    """
+    gradients = {}
+    for names, x in inputs.items():
+        for name in names.split("+"):
+            g = tap_gradients[name]
+            kernel = vary(jnp.zeros((*x.shape[2:], *g.shape[2:]), x.dtype))
+            # Linear in the kernel, so that its value does not matter and is not computed with.
+            _, pull = jax.vjp(functools.partial(project, x, num_contracted=x.ndim - 2), kernel)
+            gradients[name] = pull(g)[0]
+    return gradients

@@ -37,8 +37,7 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "positions": (),
     "norm": (),
-    "layers": (),
-    "stage": ("pipeline",),
+    "layers": ("pipeline",),
     "expert": ("expert",),
 }
 
@@ -128,6 +127,33 @@ class Layout:
             size *= self.mesh.shape[axis]
         return size
 
+    def with_copies(self, axis: str) -> Layout:
+        """The layout in which `axis` shards no parameter: it copies the model and splits the batch.
+
+        The mesh's own where `axis` has size 1.
+        """
+        if self.mesh.shape[axis] == 1:
+            return self
+
+        def without(axes: Sequence[str]) -> tuple[str, ...]:
+            return tuple(a for a in axes if a != axis)
+
+        rules = {name: without(axes) for name, axes in self.rules.items()}
+        rules["batch"] = (axis, *rules["batch"])
+        specs = {
+            path: to_spec([without(dim) for dim in dims_of(spec, ndim=len(spec))])
+            for path, spec in self.param_specs.items()
+        }
+        return Layout(self.mesh, rules, specs)
+
+    def constrain_params(self, params: Any) -> Any:
+        """Lays a tree of parameters out as this layout says."""
+
+        def one(path: Any, w: jax.Array) -> jax.Array:
+            return _constrain(w, self.param_specs[leaf_path(path)], self.mesh)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
     @property
     def gathered(self) -> frozenset[str]:
         """Mesh axes that hold shards of parameters but compute with whole ones (`unshard`)."""
@@ -174,6 +200,17 @@ def current_layout() -> Layout | None:
 def manual_axes() -> tuple[str, ...]:
     """Mesh axes that a surrounding `shard_map` has taken into its own hands."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def vary(tree: Any) -> Any:
+    """Marks arrays as differing over all manual axes, so that no gradient is summed unasked."""
+    manual = manual_axes()
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(a for a in manual if a not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree) if manual else tree
 
 
 def _constrain(x: jax.Array, spec: P, mesh: Mesh) -> jax.Array:

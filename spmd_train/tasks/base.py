@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 
+from spmd_train.nn.projection import Operands
 from spmd_train.parallel.rules import LogicalAxes
+from spmd_train.parallel.stages import Layers
 
 Batch = Mapping[str, jax.Array]
 ModelState = dict[str, Any]
@@ -52,4 +54,67 @@ class Task(Protocol):
 
     def update_model_state(self, model_state: ModelState, sums: LossOutput) -> ModelState:
         """The model state after a step, from the sums of the whole global batch."""
+        ...
+
+
+@runtime_checkable
+class LayeredTask(Task, Protocol):
+    """A task whose model is like layers between an embedding and a head, so that it has stages.
+
+    `loss` is `head` of `run_layers` of `embed`. The model's parameters of the layers are stacked
+    along the first dim, under the one key `stack`.
+    """
+
+    @property
+    def stack(self) -> str:
+        """Where the layers are among the parameters."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        ...
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of activations and of the matrices they are multiplied by."""
+        ...
+
+    @property
+    def head_layers(self) -> float:
+        """FLOPs of the head's forward pass, in those of one layer's."""
+        ...
+
+    def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
+        """What enters the first layer, [B, T, D]."""
+        ...
+
+    def run_layers(
+        self,
+        model: nnx.Module,
+        x: jax.Array,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        layers: Layers | None = None,
+        taps: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Operands | None]:
+        """What leaves the layers that the model has.
+
+        Args:
+            model: with all layers, or some.
+            x: what enters them.
+            batch: where it comes from.
+            key: of the step; None in evaluation.
+            layers: which of the network's they are; None: all.
+            taps: to leave the gradients of kernels for later, as `nn.projection.Tape` does: arrays
+                like the outputs of the projections by their paths in a layer, stacked.
+
+        Returns:
+            [B, T, D], and of what those gradients are made, stacked (None without taps).
+        """
+        ...
+
+    def head(self, model: nnx.Module, x: jax.Array, batch: Batch) -> LossOutput:
+        """The loss, from what leaves the last layer."""
         ...

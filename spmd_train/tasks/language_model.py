@@ -12,11 +12,13 @@ from flax import nnx
 from spmd_train.config import LossConfig, ModelConfig, MoEConfig
 from spmd_train.models.transformer import Transformer
 from spmd_train.nn.attention import Tokens
-from spmd_train.nn.dropout import dropout_keys
+from spmd_train.nn.dropout import DropoutKeys, dropout_keys
 from spmd_train.nn.loss import cross_entropy_sums
 from spmd_train.nn.moe import update_bias
+from spmd_train.nn.projection import Operands
 from spmd_train.nn.routing import RoutingStats
 from spmd_train.parallel.rules import LogicalAxes
+from spmd_train.parallel.stages import Layers
 from spmd_train.tasks.base import Batch, LossOutput, ModelState
 
 
@@ -32,6 +34,30 @@ class LanguageModel:
     loss_config: LossConfig
     sequence_length: int
     moe_config: MoEConfig = MoEConfig()  # noqa: RUF009 - frozen
+
+    @property
+    def stack(self) -> str:
+        """Where the layers are among the parameters."""
+        return "blocks"
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of activations and matmuls."""
+        return self.model_config.compute_dtype
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer blocks."""
+        return self.model_config.num_layers
+
+    @property
+    def head_layers(self) -> float:
+        """The head's matmul, in those of a block; attention counts its causal half."""
+        c, k = self.model_config, self.model_config.resolved_head_dim
+        mlp = (3 if c.mlp == "swiglu" else 2) * c.mlp_dim * c.embed_dim
+        projections = 2 * (c.num_heads + c.resolved_kv_heads) * k * c.embed_dim
+        attention = self.sequence_length * c.num_heads * k
+        return c.vocab_size * c.embed_dim / (mlp + projections + attention)
 
     def make_model(self, key: jax.Array) -> Transformer:
         """Builds the transformer."""
@@ -61,10 +87,41 @@ class LanguageModel:
         `router_z_loss` (means over layers, unweighted), `expert_load` and `expert_dropped`.
         """
         assert isinstance(model, Transformer)
-        rate = self.model_config.dropout
-        dropout = dropout_keys(rate, key, batch["row"]) if rate and key is not None else None
-        tokens = Tokens(batch["segment_ids"], batch["positions"])
-        hidden_BTD, _, routing = model.run(batch["tokens"], tokens=tokens, dropout=dropout)
+        x_BTD = self.embed(model, batch, key=key)
+        x_BTD, _, routing, _ = model.run_blocks(
+            x_BTD, tokens=self._tokens(batch), dropout=self._dropout(batch, key)
+        )
+        output = self.head(model, x_BTD, batch)
+        return output if routing is None else self._with_routing(output, routing, batch)
+
+    def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
+        """What enters the first block, [B, T, D]."""
+        assert isinstance(model, Transformer)
+        tokens, dropout = self._tokens(batch), self._dropout(batch, key)
+        return model.embed(batch["tokens"], tokens=tokens, dropout=dropout)
+
+    def run_layers(
+        self,
+        model: nnx.Module,
+        x: jax.Array,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        layers: Layers | None = None,
+        taps: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Operands | None]:
+        """What leaves the blocks, [B, T, D], and what `Transformer.run_blocks` says of taps."""
+        assert isinstance(model, Transformer)
+        tokens, dropout = self._tokens(batch), self._dropout(batch, key)
+        x, _, _, operands = model.run_blocks(
+            x, tokens=tokens, dropout=dropout, layers=layers, taps=taps
+        )
+        return x, operands
+
+    def head(self, model: nnx.Module, x: jax.Array, batch: Batch) -> LossOutput:
+        """The loss of what leaves the last block."""
+        assert isinstance(model, Transformer)
+        hidden_BTD = model.finish(x)
         with jax.named_scope("loss"):
             sums = cross_entropy_sums(
                 hidden_BTD,
@@ -74,12 +131,11 @@ class LanguageModel:
                 softcap=self.model_config.logit_softcap,
                 chunk=self.loss_config.chunk_tokens,
             )
-        output = LossOutput(
+        return LossOutput(
             loss_sum=sums.cross_entropy + self.loss_config.z_loss * sums.z_squared,
             weight_sum=jnp.sum(batch["weights"]),
             metric_sums={"cross_entropy": sums.cross_entropy, "accuracy": sums.correct},
         )
-        return output if routing is None else self._with_routing(output, routing, batch)
 
     def _with_routing(self, output: LossOutput, routing: RoutingStats, batch: Batch) -> LossOutput:
         """Adds the router's losses, each layer's and each sequence's times the tokens it counts."""
@@ -109,3 +165,10 @@ class LanguageModel:
             speed=self.moe_config.bias_update_speed,
         )
         return jax.tree.map(update, model_state)
+
+    def _tokens(self, batch: Batch) -> Tokens:
+        return Tokens(batch["segment_ids"], batch["positions"])
+
+    def _dropout(self, batch: Batch, key: jax.Array | None) -> DropoutKeys | None:
+        rate = self.model_config.dropout
+        return dropout_keys(rate, key, batch["row"]) if rate and key is not None else None

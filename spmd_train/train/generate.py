@@ -81,7 +81,7 @@ def generate(
     """
     if not prompts or any(not len(p) for p in prompts):
         raise ValueError("generate: every prompt needs at least one token")
-    layout = program.layout
+    layout = program.layout.with_copies("pipeline")
     shards = layout.size(layout.axes("batch"))
     batch_size = -(-len(prompts) // shards) * shards
     longest = max(map(len, prompts))
@@ -117,7 +117,12 @@ def _continue(program: Program, max_new_tokens: int, sampling: Sampling):
 
     @jax.jit
     def run(params: Params, ids_BT: jax.Array, tokens: Tokens, key: jax.Array) -> jax.Array:
-        with use_layout(program.layout):
+        # A token at a time cannot fill a pipeline: its devices split the prompts instead, each with
+        # all layers, which are gathered once for all the tokens.
+        layout = program.layout.with_copies("pipeline")
+        if layout is not program.layout:
+            params = layout.constrain_params(params)
+        with use_layout(layout):
             model = program.model.merge(params)
             batch_size, length = ids_BT.shape
             cache = model.empty_cache(batch_size=batch_size, length=length + max_new_tokens)

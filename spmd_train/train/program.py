@@ -21,6 +21,7 @@ from spmd_train.config import (
     ConfigError,
     ContextConfig,
     OptimizerConfig,
+    PipelineConfig,
     ShardingConfig,
     TrainConfig,
 )
@@ -30,7 +31,9 @@ from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layou
 from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
+from spmd_train.train.pipeline import Pipeline, make_pipeline, pipeline_rules
 from spmd_train.train.state import FunctionalModel, Params, TrainState, join
+from spmd_train.train.ticks import pipelined_gradients, pipelined_sums
 
 Metrics = dict[str, jax.Array]
 
@@ -53,6 +56,7 @@ class Program:
             are replicated, scalars but for `expert_load`: sums over tokens (`loss_sum`,
             `weight_sum`, the task's own), `grad_norm` before clipping, `learning_rate`.
         eval_step: `eval_step(params, batch) -> metrics`: the sums of one batch.
+        pipeline: the tick loop of the steps; None on a mesh of one stage.
     """
 
     model: FunctionalModel
@@ -64,6 +68,7 @@ class Program:
     init_from: Callable[[Params], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[Params, Batch], Metrics]
+    pipeline: Pipeline | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -84,6 +89,7 @@ def make_program(
     optimizer: OptimizerConfig,
     train: TrainConfig,
     context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
+    pipeline: PipelineConfig | None = None,
 ) -> Program:
     """Builds the program of a task on a mesh; compiles nothing yet.
 
@@ -94,6 +100,7 @@ def make_program(
         optimizer: which, with its schedule.
         train: batch size, accumulation, seed and number of steps.
         context: how sequences are split, where the mesh splits them.
+        pipeline: the schedule, where the mesh has stages; None: the default.
 
     Returns:
         The program.
@@ -102,7 +109,8 @@ def make_program(
         ConfigError: the plan is impossible, or the batch does not divide over the mesh.
     """
     model = FunctionalModel(task)
-    rules = make_rules(sharding)
+    pipeline = pipeline or PipelineConfig()
+    rules = pipeline_rules(make_rules(sharding), sharding, pipeline, task=task, mesh=mesh)
     param_plans = plan_params(
         model.abstract_params,
         model.logical_axes,
@@ -118,6 +126,7 @@ def make_program(
         if "sequence" in axes:
             check_sequence(shapes[name].shape[axes.index("sequence")], layout)
     _check_sequence(shapes, batch_axes, layout)
+    pipe = make_pipeline(task, model=model, layout=layout, config=pipeline, train=train)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
     transform = make_optimizer(
@@ -154,9 +163,16 @@ def make_program(
                 variables = join(params, state.model_state)
                 return task.loss(model.merge(variables), microbatch, key=key)
 
-            grads, sums = sum_gradients(
-                loss, state.params, batch, num_microbatches=num_microbatches, layout=layout
-            )
+            if pipe is not None:
+                grads, sums, _ = pipelined_gradients(pipe, state.params, batch, key=key)
+            else:
+                grads, sums = sum_gradients(
+                    loss,
+                    state.params,
+                    batch,
+                    num_microbatches=num_microbatches,
+                    layout=layout,
+                )
             with jax.named_scope("optimizer"):
                 updates, opt_state = transform.update(grads, state.opt_state, state.params)
                 params: Any = optax.apply_updates(state.params, updates)
@@ -178,6 +194,8 @@ def make_program(
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
+            if pipe is not None:
+                return _metrics(pipelined_sums(pipe, params, batch))
             return _metrics(task.loss(model.merge(params), placed(batch), key=None))
 
     abstract = jax.eval_shape(init, 0)
@@ -216,6 +234,7 @@ def make_program(
             in_shardings=(join(shardings.params, shardings.model_state), batch_shardings),
             out_shardings=replicated,
         ),
+        pipeline=pipe,
     )
 
 
