@@ -1,4 +1,5 @@
-# make train | test | test-slow | test-reference | test-plan-tpu | plan-table | lint | format | bench | clean
+# make train | test | test-slow | test-reference | test-plan-tpu | plan-table | lint | format
+#      | bench | chaos | clean
 # A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-slow test-reference test-plan-tpu plan-table lint format bench lock clean
+.PHONY: train test test-slow test-reference test-plan-tpu plan-table lint format bench chaos lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -44,6 +45,12 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.train
 	$(BIN)/python scripts/bench.py
+
+# Sixty faults of all kinds against real runs; an hour or two.
+FAULTS ?= 60
+SEED ?= 0
+chaos: $(VENV)/.test
+	$(BIN)/python scripts/chaos.py --faults=$(FAULTS) --seed=$(SEED)
 
 # The versions that CI and these targets use, made anew.
 lock:

@@ -159,7 +159,7 @@ def make_plan(
         )
     length = config.data.sequence_length
     tokens = config.train.global_batch_size * length
-    flops_per_token = model_flops_per_token(config.model, sequence_length=length)
+    flops_per_token = model_flops_per_token(config.model, config.moe, sequence_length=length)
     num_devices = program.mesh.size
     model_flops = flops_per_token * tokens / num_devices
     speed = tokens / times.step if times.step else None
