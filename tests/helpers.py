@@ -119,6 +119,13 @@ def random_batch(
     }
 
 
+def param_shapes(model: ModelConfig = MODEL) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path to the shape of every parameter."""
+    params = program_of({}, model=model).model.abstract_params
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {leaf_path(path): leaf for path, leaf in flat}
+
+
 def put(program: Program, batch: Arrays) -> dict[str, jax.Array]:
     """The batch, sharded as the program wants it."""
     return jax.device_put(

@@ -50,9 +50,16 @@ def _leaf_plan(path: str, leaf: Any, dims: Sequence[tuple[str, ...]], reason: st
     )
 
 
-def _check(path: str, shape: Sequence[int], dims: Sequence[tuple[str, ...]], mesh: Mesh, why: str):
+def _check(
+    path: str,
+    shape: Sequence[int],
+    dims: Sequence[tuple[str, ...]],
+    names: LogicalAxes,
+    mesh: Mesh,
+    why: str,
+) -> None:
     seen: dict[str, int] = {}
-    for i, (size, axes) in enumerate(zip(shape, dims, strict=True)):
+    for i, (size, axes, name) in enumerate(zip(shape, dims, names, strict=True)):
         for axis in axes:
             if axis in seen:
                 raise ConfigError(
@@ -64,10 +71,11 @@ def _check(path: str, shape: Sequence[int], dims: Sequence[tuple[str, ...]], mes
         if size % shards:
             near = [d for d in range(1, size + 1) if size % d == 0]
             best = min(near, key=lambda d: abs(d - shards))
+            cure = f"set sharding.rules.{name} to none" if name else "change the override"
             raise ConfigError(
                 f"{path} {tuple(shape)}: dim {i} of size {size} does not divide over "
                 f"{'+'.join(axes)} = {shards} devices ({why}); the nearest number that divides it "
-                f"is {best}, or map that axis to none in sharding.rules"
+                f"is {best}; or {cure}"
             )
 
 
@@ -123,11 +131,13 @@ def plan_params(
         path = leaf_path(key_path)
         pattern = next((p for p in overrides if re.fullmatch(p, path)), None)
         axes = logical_axes.get(path)
+        names: LogicalAxes = (None,) * len(leaf.shape)
         if pattern is not None:
             unmatched -= {p for p in overrides if re.fullmatch(p, path)}
             dims = _parse_override(pattern, overrides[pattern], len(leaf.shape), path)
             reason = f"override {pattern!r}"
         elif axes is not None:
+            names = axes
             dims = [() if name is None else rules[name] for name in axes]
             told = [f"{n}->{'+'.join(rules[n])}" for n in axes if n is not None and rules[n]]
             reason = "rules " + ", ".join(told) if told else "rules: replicated"
@@ -136,7 +146,7 @@ def plan_params(
             dims = found or [()] * len(leaf.shape)
             reason = "fsdp on the largest dim" if found else "replicated: nothing divides"
         dims = [tuple(a for a in dim if mesh.shape[a] > 1) for dim in dims]
-        _check(path, leaf.shape, dims, mesh, reason)
+        _check(path, leaf.shape, dims, names, mesh, reason)
         plans[path] = _leaf_plan(path, leaf, dims, reason, mesh)
     if unmatched:
         raise ConfigError(

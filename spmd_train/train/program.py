@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from spmd_train.config import ConfigError, OptimizerConfig, ShardingConfig, TrainConfig
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
-from spmd_train.parallel.rules import Layout, make_rules, use_layout
+from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
 from spmd_train.tasks import Batch, LossOutput, Task
 from spmd_train.train.accumulate import sum_gradients
 from spmd_train.train.state import FunctionalModel, Params, TrainState
@@ -101,6 +101,9 @@ def make_program(
     )
     layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
     num_microbatches = _num_microbatches(train, layout)
+    batch_axes = task.batch_axes()
+    shapes = task.batch_shapes(train.global_batch_size)
+    _check_sequence(shapes, batch_axes, layout)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
     transform = make_optimizer(
@@ -157,8 +160,6 @@ def make_program(
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
     shardings = shardings_of(abstract, plans, mesh=mesh)
-    batch_axes = task.batch_axes()
-    shapes = task.batch_shapes(train.global_batch_size)
     abstract_batch = {
         name: jax.ShapeDtypeStruct(
             s.shape,
@@ -223,3 +224,23 @@ def _num_microbatches(train: TrainConfig, layout: Layout) -> int:
         for n in range(train.grad_accumulation, device_batch + 1)
         if device_batch % n == 0 and device_batch // n <= most
     )
+
+
+def _check_sequence(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    axes_of: Mapping[str, LogicalAxes],
+    layout: Layout,
+) -> None:
+    """An activation whose dim does not divide is not sharded; the sequence is worth an error."""
+    dims = {dim for name, s in shapes.items() for dim in zip(axes_of[name], s.shape, strict=True)}
+    lengths = [size for name, size in dims if name == "sequence"]
+    for rule in ("sequence", "residual_sequence"):
+        axes = layout.axes(rule)
+        shards = layout.size(axes)
+        for length in lengths:
+            if length % shards:
+                near = max(shards, round(length / shards) * shards)
+                raise ConfigError(
+                    f"data.sequence_length: {length} does not divide over {' x '.join(axes)} = "
+                    f"{shards} devices (sharding.rules.{rule}); the nearest that does is {near}"
+                )
