@@ -20,11 +20,12 @@ from spmd_train.observe import (
 )
 from spmd_train.parallel.batches import HostBatch, put_batch, rows_here
 from spmd_train.parallel.mesh import make_mesh
+from spmd_train.parallel.sequence import check_heads
 from spmd_train.tasks import Batch, Task, make_task
 from spmd_train.train.evaluate import evaluate, with_bits_per_byte
 from spmd_train.train.generate import Sampling, generate
 from spmd_train.train.program import Program, make_program
-from spmd_train.train.state import Params
+from spmd_train.train.state import Params, join
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,9 @@ def build(config: ExperimentConfig, *, devices: Sequence[Any] | None = None) -> 
         sharding=config.sharding,
         optimizer=config.optimizer,
         train=config.train,
+        context=config.context,
     )
+    check_heads(config.model.num_heads, config.model.resolved_kv_heads, program.layout)
     return Experiment(config=config, task=task, program=program)
 
 
@@ -127,7 +130,7 @@ def load_params(
         step: which checkpoint; None: the newest.
 
     Returns:
-        The experiment, the parameters (their moving average where there is one), the step.
+        The experiment, what to evaluate with (`TrainState.eval_params`), the step.
 
     Raises:
         ConfigError: there is no such checkpoint, or the model is another.
@@ -150,8 +153,11 @@ def load_params(
             )
         state = experiment.program.abstract_state
         name = "params" if state.ema is None else "ema"
-        wanted = {name: state.eval_params}
-        return experiment, checkpoints.restore(step, wanted, partial=True)[name], step
+        wanted = {name: state.params if state.ema is None else state.ema}
+        if state.model_state:
+            wanted["model_state"] = state.model_state
+        restored = checkpoints.restore(step, wanted, partial=True)
+        return experiment, join(restored[name], restored.get("model_state", {})), step
 
 
 def import_params(

@@ -261,7 +261,9 @@ class _Run:
         self._clock = clock
         config, mesh = experiment.config, experiment.program.mesh
         length = config.data.sequence_length
-        self._flops_per_token = model_flops_per_token(config.model, sequence_length=length)
+        self._flops_per_token = model_flops_per_token(
+            config.model, config.moe, sequence_length=length
+        )
         self._peak_flops = device_peak_flops(
             config.observe,
             device_kind=mesh.devices.flat[0].device_kind,

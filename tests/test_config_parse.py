@@ -169,7 +169,7 @@ def test_config_parse_refused_value_is_no_contradiction_too():
         ({"mesh.fsdp": -1}, "at most one axis may be -1"),
         ({"mesh.pipeline": 2}, "mesh.pipeline = 2: this axis is not yet possible in this version"),
         ({"mesh.context": 2}, "not yet possible"),
-        ({"mesh.expert": 2}, "use mesh.data, mesh.fsdp and mesh.tensor"),
+        ({"mesh.expert": 2}, "a dense model has no experts to shard"),
         ({"mesh.data": 1, "mesh.replica": -1}, "not yet possible"),
         ({"mesh.dcn.replica": 2}, "mesh.dcn.replica = 2: this axis is not yet possible"),
         ({"data.source": "jsonl"}, "a jsonl source needs data.path"),

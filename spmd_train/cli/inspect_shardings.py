@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from spmd_train import experiment
+from spmd_train.cli.formats import format_bytes
+from spmd_train.cli.targets import devices_of
 from spmd_train.inspect.shardings import ShardingTable, as_json, sharding_table
 from spmd_train.parallel.plan import LeafPlan
-
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan of `args.config`; allocates and compiles nothing."""
-    program = experiment.build(args.config).program
+    with devices_of(args) as (devices, _):
+        program = experiment.build(args.config, devices=devices).program
     table, mesh = sharding_table(program.plans), dict(program.mesh.shape)
     if args.json:
         print(json.dumps(as_json(table, mesh=mesh), indent=2))
@@ -40,7 +40,7 @@ def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[s
             group.path,
             str(group.total.num_arrays),
             "+".join(group.dtypes),
-            _bytes(group.total.bytes_per_device),
+            format_bytes(group.total.bytes_per_device),
             group.reason,
         )
         for group in table.groups
@@ -48,7 +48,12 @@ def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[s
     yield from _columns(heads, groups, right={1, 3})
     yield ""
     totals = [
-        (name, str(total.num_arrays), _bytes(total.bytes), _bytes(total.bytes_per_device))
+        (
+            name,
+            str(total.num_arrays),
+            format_bytes(total.bytes),
+            format_bytes(total.bytes_per_device),
+        )
         for name, total in table.totals.items()
     ]
     yield from _columns(("total", "arrays", "global", "per device"), totals, right={1, 2, 3})
@@ -62,7 +67,7 @@ def _row(plan: LeafPlan) -> tuple[str, ...]:
         "-" if axes is None else axes if isinstance(axes, str) else "+".join(axes)
         for axes in (*plan.spec, *[None] * (len(plan.shape) - len(plan.spec)))
     )
-    per_device = _bytes(plan.bytes_per_device)
+    per_device = format_bytes(plan.bytes_per_device)
     return plan.path, f"[{shape}]", plan.dtype, f"({spec})", per_device, plan.reason
 
 
@@ -77,10 +82,3 @@ def _columns(
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join(cells).rstrip()
-
-
-def _bytes(count: float) -> str:
-    if count < 1000:
-        return f"{count:.0f} B"
-    unit = min(int(math.log(count / 1000, 1024)) + 1, len(_UNITS))
-    return f"{count / 1024**unit:.2f} {_UNITS[unit - 1]}"

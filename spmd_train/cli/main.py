@@ -35,6 +35,7 @@ _EXIT_CODES = """\
 exit codes:
   0    done
   2    a mistake in the command line, the config or the data: one message, nothing written
+  3    plan: it does not fit the target
   75   told to stop (SIGTERM) and saved: the same command line goes on
   130  interrupted; once: saved as above, twice: at once
   else a fault of the program, with a traceback

@@ -152,7 +152,15 @@ HF_DIR = Flag(
     help="a Hugging Face checkpoint: config.json and safetensors files",
 )
 
+TARGET = Flag(
+    name="target",
+    metavar="TARGET",
+    help="compile for hardware that is not here: cpu:8, v5e:16x16, 2xv5p:4x4x4 (slices), "
+    "h100:4x8 (nodes x GPUs), ... (default: the devices at hand)",
+)
+
 _INSPECT = (CONFIG, SIMULATE_DEVICES, JSON)
+_COMPILED = (CONFIG, TARGET, SIMULATE_DEVICES, JSON)
 
 VERBS: tuple[Verb, ...] = (
     Verb(
@@ -227,6 +235,33 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        words=("plan",),
+        module="spmd_train.cli.plan",
+        summary="will it fit, what crosses the network, how fast: before there is hardware",
+        about="Compiles the train step with the compiler of hardware that is not here and reads "
+        "out memory, collectives and FLOPs; predicts the step time from the chip's data sheet. "
+        "Exits with 3 if it does not fit the devices' memory. With --search it looks for the "
+        "fastest mesh that fits.",
+        example="spmd-train plan --config=configs/llama3_8b.py --target=v5p:4x4x8",
+        flags=(
+            CONFIG,
+            dataclasses.replace(TARGET, required=True),
+            Flag(
+                name="search",
+                default=False,
+                help="rank meshes, remat and accumulation; compile the best few",
+            ),
+            Flag(
+                name="html",
+                metavar="FILE",
+                type=pathlib.Path,
+                help="write the plan as one HTML page, too",
+            ),
+            SIMULATE_DEVICES,
+            JSON,
+        ),
+    ),
+    Verb(
         words=("inspect", "config"),
         module="spmd_train.cli.inspect_config",
         summary="every key of the config, its value and its meaning",
@@ -243,7 +278,7 @@ VERBS: tuple[Verb, ...] = (
         about="Prints every parameter: its path, shape, dtype and PartitionSpec, the reason for "
         "it, the bytes it takes per device, and the totals. Allocates nothing.",
         example="spmd-train inspect shardings --config=configs/llama3_70b.py --simulate_devices=8",
-        flags=_INSPECT,
+        flags=_COMPILED,
     ),
     Verb(
         words=("inspect", "collectives"),
@@ -252,7 +287,7 @@ VERBS: tuple[Verb, ...] = (
         about="Compiles the train step and prints the collectives that XLA made: which, how many, "
         "over which mesh axes, and how many bytes.",
         example="spmd-train inspect collectives --simulate_devices=8 --config.mesh.fsdp=8",
-        flags=_INSPECT,
+        flags=_COMPILED,
     ),
     Verb(
         words=("inspect", "memory"),
@@ -260,6 +295,16 @@ VERBS: tuple[Verb, ...] = (
         summary="what the train step takes of a device's memory",
         about="Compiles the train step and prints the compiler's own account of its memory.",
         example="spmd-train inspect memory --simulate_devices=8 --config.model.remat=full",
+        flags=_COMPILED,
+    ),
+    Verb(
+        words=("inspect", "context"),
+        module="spmd_train.cli.inspect_context",
+        summary="how a split sequence shares out attention's work",
+        about="Prints which blocks of a sequence each device of mesh.context has, how many "
+        "query-key pairs are its work, how uneven that is, and the bytes that attention sends. "
+        "Compiles nothing.",
+        example="spmd-train inspect context --simulate_devices=8 --config.mesh.context=8",
         flags=_INSPECT,
     ),
     Verb(

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_train.config import ModelConfig
+from spmd_train.config import ConfigError, ModelConfig, MoEConfig
 from spmd_train.nn.attention import Attention, LayerCache, Tokens
 from spmd_train.nn.dropout import DropoutKeys
 from spmd_train.nn.embeddings import Embedding, rope_angles
 from spmd_train.nn.mlp import MLP
+from spmd_train.nn.moe import MoE
 from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import SAVED_NAME, Projection
+from spmd_train.nn.routing import RoutingStats
 from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard
 
 RESIDUAL = ("batch", "residual_sequence", None)
@@ -41,10 +43,24 @@ class Cache(NamedTuple):
     end: jax.Array
 
 
-class Block(nnx.Module):
-    """Attention and MLP, each normalized before and added after."""
+class Output(NamedTuple):
+    """What a run of the network gives.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    Attributes:
+        hidden: after the last norm, [B, T, D] in the compute dtype.
+        cache: with the new tokens in it; None without one.
+        routing: of each layer's experts, every array with a first dim L; None in a dense model.
+    """
+
+    hidden: jax.Array
+    cache: Cache | None
+    routing: RoutingStats | None
+
+
+class Block(nnx.Module):
+    """Attention and MLP (or experts), each normalized before and added after."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, *, rngs: nnx.Rngs) -> None:
         """Makes one layer's parameters."""
         norm = {"epsilon": config.norm_epsilon, "dtype": config.param_dtype, "rngs": rngs}
         # GPT-2: projections that write the residual stream start smaller the deeper the network.
@@ -52,12 +68,16 @@ class Block(nnx.Module):
         self.attention_norm = NORMS[config.norm](config.embed_dim, **norm)
         self.attention = Attention(config, out_scale=out_scale, rngs=rngs)
         self.mlp_norm = NORMS[config.norm](config.embed_dim, **norm)
-        self.mlp = MLP(config, out_scale=out_scale, rngs=rngs)
+        self.mlp = (
+            MoE(config, moe, out_scale=out_scale, rngs=rngs)
+            if moe.num_experts
+            else MLP(config, out_scale=out_scale, rngs=rngs)
+        )
 
     def __call__(
-        self, x_BTD: jax.Array, *, dropout: DropoutKeys | None, **attention: Any
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """One layer; `attention` is handed to `Attention`."""
+        self, x_BTD: jax.Array, *, dropout: DropoutKeys | None, tokens: Tokens, **attention: Any
+    ) -> tuple[jax.Array, tuple[LayerCache | None, RoutingStats | None]]:
+        """One layer; `tokens` and `attention` are handed to `Attention`."""
 
         def add(x: jax.Array, y: jax.Array, place: int) -> jax.Array:
             y = constrain(y, RESIDUAL)
@@ -66,18 +86,28 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             # Norms run on the shard of the residual stream; the projections see whole sequences.
             h_BTD = constrain(self.attention_norm(x_BTD), ("batch", "sequence", None))
-            y_BTD, cache = self.attention(h_BTD, **attention)
+            y_BTD, cache = self.attention(h_BTD, tokens=tokens, **attention)
             x_BTD = add(x_BTD, y_BTD, 0)
         with jax.named_scope("mlp"):
             h_BTD = constrain(self.mlp_norm(x_BTD), ("batch", "sequence", None))
-            x_BTD = add(x_BTD, self.mlp(h_BTD), 1)
-        return x_BTD, cache
+            if isinstance(self.mlp, MoE):
+                y_BTD, routing = self.mlp(h_BTD, is_token_BT=tokens.segment_ids > 0)
+            else:
+                y_BTD, routing = self.mlp(h_BTD), None
+            x_BTD = add(x_BTD, y_BTD, 1)
+        return x_BTD, (cache, routing)
 
 
 class Transformer(nnx.Module):
-    """The network of `ModelConfig`."""
+    """The network of `ModelConfig`, with experts as `MoEConfig` says."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         """Makes all parameters; those of the blocks are stacked along a first dim `layers`."""
         self.config = config
         dtype, scale = config.param_dtype, config.init_scale
@@ -88,7 +118,7 @@ class Transformer(nnx.Module):
             if config.positions == "learned"
             else None
         )
-        self.blocks = _stack(config, key=rngs.params())
+        self.blocks = _stack(config, moe, key=rngs.params())
         self.final_norm = NORMS[config.norm](
             config.embed_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
         )
@@ -114,6 +144,17 @@ class Transformer(nnx.Module):
         dropout: DropoutKeys | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        """`run`, without the routing."""
+        return self.run(ids_BT, tokens=tokens, dropout=dropout, cache=cache)[:2]
+
+    def run(
+        self,
+        ids_BT: jax.Array,
+        *,
+        tokens: Tokens,
+        dropout: DropoutKeys | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
         """Runs the network up to its last norm.
 
         Args:
@@ -123,7 +164,7 @@ class Transformer(nnx.Module):
             cache: earlier tokens; the new ones are added to it.
 
         Returns:
-            Hidden states [B, T, D] in the compute dtype, and the cache (None without one).
+            The output.
         """
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
@@ -149,15 +190,15 @@ class Transformer(nnx.Module):
                 )
             )
             attention |= {"cached": seen, "cache_index": cache.end}
-        x_BTD, layers = self._run_blocks(
+        x_BTD, (layers, routing) = self._run_blocks(
             x_BTD, dropout, cache.layers if cache is not None else None, attention
         )
         with jax.named_scope("final_norm"):
             x_BTD = _ready(self.final_norm, "final_norm", dtype)(x_BTD)
             x_BTD = constrain(x_BTD, ("batch", "sequence", None))
-        if cache is None or layers is None:
-            return x_BTD, None
-        return x_BTD, Cache(layers, seen, cache.end + ids_BT.shape[1])
+        if cache is not None and layers is not None:
+            cache = Cache(layers, seen, cache.end + ids_BT.shape[1])
+        return Output(x_BTD, cache, routing)
 
     def _run_blocks(
         self,
@@ -165,7 +206,7 @@ class Transformer(nnx.Module):
         dropout: DropoutKeys | None,
         caches: LayerCache | None,
         attention: dict[str, Any],
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, tuple[LayerCache | None, RoutingStats | None]]:
         config = self.config
         graphdef, stacked = nnx.split(self.blocks)
         dtype = jnp.dtype(config.compute_dtype)
@@ -197,8 +238,17 @@ class Transformer(nnx.Module):
         return _ready(self.head, "head", dtype).kernel[...]
 
     def empty_cache(self, *, batch_size: int, length: int) -> Cache:
-        """A cache for `length` tokens of `batch_size` sequences."""
+        """A cache for `length` tokens of `batch_size` sequences.
+
+        Raises:
+            ConfigError: learned positions do not reach that far.
+        """
         config = self.config
+        if self.positions is not None and length > config.max_positions:
+            raise ConfigError(
+                f"sample.max_new_tokens: with the longest prompt they make {length} tokens, but "
+                f"model.max_positions is {config.max_positions}; ask for fewer"
+            )
         shape = (batch_size, length, config.resolved_kv_heads, config.resolved_head_dim)
         zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.compute_dtype))
         zeros = constrain(zeros, ("layers", "batch", "sequence", "kv_heads", None))
@@ -206,13 +256,13 @@ class Transformer(nnx.Module):
         return Cache(LayerCache(zeros, zeros), Tokens(nothing, nothing), jnp.int32(0))
 
 
-def _stack(config: ModelConfig, *, key: jax.Array) -> Block:
+def _stack(config: ModelConfig, moe: MoEConfig, *, key: jax.Array) -> Block:
     """A Block whose parameters carry all layers along a first dim."""
 
     def one(layer_key: jax.Array) -> nnx.State:
-        return nnx.split(Block(config, rngs=nnx.Rngs(params=layer_key)))[1]
+        return nnx.split(Block(config, moe, rngs=nnx.Rngs(params=layer_key)))[1]
 
-    graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, moe, rngs=nnx.Rngs(params=0))))[0]
     stacked = jax.vmap(one)(jax.random.split(key, config.num_layers))
     stacked = jax.tree.map(
         lambda p: p.replace(axes=("layers", *p.axes)),

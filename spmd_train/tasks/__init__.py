@@ -1,10 +1,10 @@
 """What is learnt: a model, what a batch holds, the loss and the metrics, as sums."""
 
 from spmd_train.config import ExperimentConfig
-from spmd_train.tasks.base import Batch, LossOutput, Task
+from spmd_train.tasks.base import Batch, LossOutput, ModelState, Task
 from spmd_train.tasks.language_model import LanguageModel
 
-__all__ = ["Batch", "LanguageModel", "LossOutput", "Task", "make_task"]
+__all__ = ["Batch", "LanguageModel", "LossOutput", "ModelState", "Task", "make_task"]
 
 
 def make_task(config: ExperimentConfig) -> Task:
@@ -12,6 +12,7 @@ def make_task(config: ExperimentConfig) -> Task:
     tasks = {
         "language_model": lambda: LanguageModel(
             model_config=config.model,
+            moe_config=config.moe,
             loss_config=config.loss,
             sequence_length=config.data.sequence_length,
         )

@@ -17,13 +17,20 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd_train.config import ConfigError, OptimizerConfig, ShardingConfig, TrainConfig
+from spmd_train.config import (
+    ConfigError,
+    ContextConfig,
+    OptimizerConfig,
+    ShardingConfig,
+    TrainConfig,
+)
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
 from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
-from spmd_train.tasks import Batch, LossOutput, Task
+from spmd_train.parallel.sequence import check_sequence, place
+from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
-from spmd_train.train.state import FunctionalModel, Params, TrainState
+from spmd_train.train.state import FunctionalModel, Params, TrainState, join
 
 Metrics = dict[str, jax.Array]
 
@@ -31,6 +38,8 @@ Metrics = dict[str, jax.Array]
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One jitted SPMD program for one mesh.
+
+    Where `params` goes into a function, it is `TrainState.eval_params`.
 
     Attributes:
         model: the task's module as a function of its parameters.
@@ -41,8 +50,8 @@ class Program:
         init: `init(seed) -> TrainState`; made in place, never whole on one device.
         init_from: the same around given parameters, which are donated.
         train_step: `train_step(state, batch) -> (state, metrics)`; the state is donated. Metrics
-            are replicated scalars: sums over tokens (`loss_sum`, `weight_sum`, the task's own),
-            `grad_norm` before clipping, `learning_rate`.
+            are replicated, scalars but for `expert_load`: sums over tokens (`loss_sum`,
+            `weight_sum`, the task's own), `grad_norm` before clipping, `learning_rate`.
         eval_step: `eval_step(params, batch) -> metrics`: the sums of one batch.
     """
 
@@ -74,6 +83,7 @@ def make_program(
     sharding: ShardingConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
+    context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
 ) -> Program:
     """Builds the program of a task on a mesh; compiles nothing yet.
 
@@ -83,6 +93,7 @@ def make_program(
         sharding: rules and overrides.
         optimizer: which, with its schedule.
         train: batch size, accumulation, seed and number of steps.
+        context: how sequences are split, where the mesh splits them.
 
     Returns:
         The program.
@@ -99,10 +110,13 @@ def make_program(
         overrides=sharding.overrides,
         mesh=mesh,
     )
-    layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
-    num_microbatches = _num_microbatches(train, layout)
+    layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()}, context)
     batch_axes = task.batch_axes()
     shapes = task.batch_shapes(train.global_batch_size)
+    num_microbatches = _num_microbatches(train, layout)
+    for name, axes in batch_axes.items():
+        if "sequence" in axes:
+            check_sequence(shapes[name].shape[axes.index("sequence")], layout)
     _check_sequence(shapes, batch_axes, layout)
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
@@ -113,24 +127,32 @@ def make_program(
         logical_axes=model.logical_axes,
     )
 
-    def init_from(params: Params) -> TrainState:
+    def start(params: Params, model_state: ModelState) -> TrainState:
         # A copy: the step donates both, and one buffer cannot be donated twice.
         ema = (
             jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
             if optimizer.ema_decay
             else None
         )
-        return TrainState(jnp.int32(0), params, transform.init(params), ema)
+        return TrainState(jnp.int32(0), params, transform.init(params), ema, model_state)
 
     def init(seed: int | jax.Array) -> TrainState:
-        return init_from(model.init(jax.random.key(seed)))
+        return start(*model.init(jax.random.key(seed)))
+
+    def init_from(params: Params) -> TrainState:
+        return start(params, model.init(jax.random.key(0))[1])
+
+    def placed(batch: Batch) -> Batch:
+        return {name: place(x, batch_axes[name]) for name, x in batch.items()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_layout(layout):
+            batch = placed(batch)
             key = jax.random.fold_in(jax.random.key(train.seed), state.step)
 
             def loss(params: Params, microbatch: Batch) -> LossOutput:
-                return task.loss(model.merge(params), microbatch, key=key)
+                variables = join(params, state.model_state)
+                return task.loss(model.merge(variables), microbatch, key=key)
 
             grads, sums = sum_gradients(
                 loss, state.params, batch, num_microbatches=num_microbatches, layout=layout
@@ -145,7 +167,8 @@ def make_program(
                 "grad_norm": optax.tree.norm(grads),
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
-            new = TrainState(state.step + 1, params, opt_state, ema)
+            model_state = task.update_model_state(state.model_state, sums)
+            new = TrainState(state.step + 1, params, opt_state, ema, model_state)
             if train.bad_step == "skip":
                 good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(metrics["grad_norm"])
                 old = dataclasses.replace(state, step=new.step)
@@ -155,7 +178,7 @@ def make_program(
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
-            return _metrics(task.loss(model.merge(params), batch, key=None))
+            return _metrics(task.loss(model.merge(params), placed(batch), key=None))
 
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
@@ -190,7 +213,7 @@ def make_program(
         ),
         eval_step=jax.jit(
             eval_step,
-            in_shardings=(shardings.params, batch_shardings),
+            in_shardings=(join(shardings.params, shardings.model_state), batch_shardings),
             out_shardings=replicated,
         ),
     )
