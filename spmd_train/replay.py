@@ -16,7 +16,7 @@ from spmd_train.parallel.batches import put_batch
 from spmd_train.parallel.rules import use_layout
 from spmd_train.train.bad_numbers import Rollbacks, not_finite, read_bundle
 from spmd_train.train.evaluate import means
-from spmd_train.train.state import Params
+from spmd_train.train.state import Params, join
 from spmd_train.training import start_from
 
 
@@ -57,7 +57,8 @@ def replay(bundle: Path) -> dict[str, Any]:
     def loss(params: Params) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         with use_layout(program.layout):
-            return experiment.task.loss(program.model.merge(params), batch, key=key).loss_sum
+            model = program.model.merge(join(params, state.model_state))
+            return experiment.task.loss(model, batch, key=key).loss_sum
 
     found = {
         "step": told["step"],
