@@ -119,14 +119,15 @@ def test_train_step_donates_the_state() -> None:
 
 
 def test_train_program_does_not_grow_with_depth() -> None:
-    sizes = set()
+    sizes = []
     for num_layers in (3, 12):
         step, _ = compile_step(
             program_of({}, model=dataclasses.replace(MODEL, num_layers=num_layers))
         )
         computations = parse_hlo(step.as_text()).computations.values()
-        sizes.add(sum(len(c.instructions) for c in computations))
-    assert len(sizes) == 1, sizes
+        sizes.append(sum(len(c.instructions) for c in computations))
+    # XLA fuses a little differently; a layer more would be hundreds of instructions.
+    assert abs(sizes[1] - sizes[0]) < 0.02 * sizes[0], sizes
 
 
 def test_train_chunked_loss_never_holds_all_logits() -> None:

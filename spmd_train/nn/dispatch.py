@@ -388,7 +388,8 @@ def run_experts(
         run = by_hand(gradients, in_specs=specs, out_specs=(spec, spec, parts_specs))
         dx, dweights, parts = opaque(run)(pull, g, *args)
         dkernels = {
-            name: add_up_parts(part, copies, kernel_axes(name)) for name, part in parts.items()
+            name: add_up_parts(part, copies, kernel_axes(name), layout=layout)
+            for name, part in parts.items()
         }
         return dx, dweights, dkernels, no_gradient(args[3])
 

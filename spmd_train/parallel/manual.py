@@ -86,18 +86,20 @@ def varying_zeros(
     return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
-def add_up_parts(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.Array:
+def add_up_parts(
+    partial: jax.Array, axes: Sequence[str], names: LogicalAxes, *, layout: Layout | None
+) -> jax.Array:
     """The sum of the parts that devices have of a parameter's gradient: ZeRO's reduce-scatter.
 
     Args:
         partial: [N, *shape], one part for each device of `axes`.
         axes: mesh axes.
         names: the parameter's logical axes; those on `axes` shard the sum.
+        layout: of the forward pass: a derivative may be taken outside its `use_layout`.
 
     Returns:
         [*shape].
     """
-    layout = current_layout()
     if layout is None or not axes:
         return partial[0]
     spec = layout.activation_spec(partial.shape[1:], names)
@@ -180,7 +182,8 @@ def take_rows(
         specs = (ids_spec, ids_spec, table_spec)
         parts = to_spec([token_axes, row_axes])
         partial = by_hand_over(own_gradient, layout, by_hand, specs, parts)(ids, g, table)
-        return add_up_parts(partial, token_axes, axes), np.zeros(ids.shape, jax.dtypes.float0)
+        grad = add_up_parts(partial, token_axes, axes, layout=layout)
+        return grad, np.zeros(ids.shape, jax.dtypes.float0)
 
     take.defvjp(forward, backward)
     return take(table_RD, ids)
@@ -270,7 +273,7 @@ def sum_over_tokens(
     def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
         specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
         hidden_grad, partial = by_hand(gradients_of, specs, (spec, to_spec([axes])))(g, *saved)
-        kernel_grad = add_up_parts(partial, axes, kernel_axes)
+        kernel_grad = add_up_parts(partial, axes, kernel_axes, layout=layout)
         return hidden_grad, kernel_grad, *(no_gradient(x) for x in saved[2:])
 
     summed.defvjp(forward, backward)
