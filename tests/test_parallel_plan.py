@@ -34,42 +34,29 @@ def plan(mesh=ALL2, **kwargs):
 def test_plan_gives_each_leaf_its_spec_and_reason() -> None:
     plans = plan()
     told = {path: (p.spec, p.reason) for path, p in plans.items() if path.startswith("params/")}
-    embed_heads = "rules embed->fsdp, heads->tensor"
+    layers = "rules layers->pipeline"  # an axis of size 1 here
+    kv = (P(None, "fsdp", "tensor"), f"{layers}, embed->fsdp, kv_heads->tensor")
+    query = (P(None, "fsdp", "tensor"), f"{layers}, embed->fsdp, heads->tensor")
+    out = (P(None, "tensor", None, "fsdp"), f"{layers}, heads->tensor, embed->fsdp")
+    up = (P(None, "fsdp", "tensor"), f"{layers}, embed->fsdp, mlp->tensor")
+    down = (P(None, "tensor", "fsdp"), f"{layers}, mlp->tensor, embed->fsdp")
     assert told == {
         "params/embedding/table": (P("tensor", "fsdp"), "rules vocab->tensor, embed->fsdp"),
         "params/head/kernel": (P("fsdp", "tensor"), "rules embed->fsdp, vocab->tensor"),
         "params/final_norm/scale": (P(), "rules: replicated"),
-        "params/blocks/attention_norm/scale": (P(), "rules: replicated"),
-        "params/blocks/mlp_norm/scale": (P(), "rules: replicated"),
-        "params/blocks/attention/query/kernel": (P(None, "fsdp", "tensor"), embed_heads),
-        "params/blocks/attention/key/kernel": (
-            P(None, "fsdp", "tensor"),
-            "rules embed->fsdp, kv_heads->tensor",
-        ),
-        "params/blocks/attention/value/kernel": (
-            P(None, "fsdp", "tensor"),
-            "rules embed->fsdp, kv_heads->tensor",
-        ),
-        "params/blocks/attention/out/kernel": (
-            P(None, "tensor", None, "fsdp"),
-            "rules heads->tensor, embed->fsdp",
-        ),
-        "params/blocks/mlp/gate/kernel": (
-            P(None, "fsdp", "tensor"),
-            "rules embed->fsdp, mlp->tensor",
-        ),
-        "params/blocks/mlp/up/kernel": (
-            P(None, "fsdp", "tensor"),
-            "rules embed->fsdp, mlp->tensor",
-        ),
-        "params/blocks/mlp/down/kernel": (
-            P(None, "tensor", "fsdp"),
-            "rules mlp->tensor, embed->fsdp",
-        ),
+        "params/blocks/attention_norm/scale": (P(), layers),
+        "params/blocks/mlp_norm/scale": (P(), layers),
+        "params/blocks/attention/query/kernel": query,
+        "params/blocks/attention/key/kernel": kv,
+        "params/blocks/attention/value/kernel": kv,
+        "params/blocks/attention/out/kernel": out,
+        "params/blocks/mlp/gate/kernel": up,
+        "params/blocks/mlp/up/kernel": up,
+        "params/blocks/mlp/down/kernel": down,
     }
-    up = plans["params/blocks/mlp/up/kernel"]
-    assert (up.shape, up.dtype) == ((2, 32, 64), "float32")
-    assert (up.bytes, up.bytes_per_device) == (2 * 32 * 64 * 4, 2 * 32 * 64)
+    leaf = plans["params/blocks/mlp/up/kernel"]
+    assert (leaf.shape, leaf.dtype) == ((2, 32, 64), "float32")
+    assert (leaf.bytes, leaf.bytes_per_device) == (2 * 32 * 64 * 4, 2 * 32 * 64)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon", "adafactor"])
