@@ -27,6 +27,7 @@ SMALL = {
     "data": {"sequence_length": 64},
     "train": {"global_batch_size": 16},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    "optimizer": {"name": "adamw"},
 }
 WORDS = [
     f"--config.{section}.{key}={value}"
