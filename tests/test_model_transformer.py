@@ -230,7 +230,7 @@ def test_model_attention_by_query_blocks_is_attention(
     if not kept:
         monkeypatch.setattr(attention, "KEPT_SCORES", 0)
     keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (2, length, 4, 8))
+    q = jax.random.normal(keys[0], (2, length, 6, 8))
     k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[1:3])
     batch = random_batch("packed", size=2, length=length)
     tokens = Tokens(jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["positions"]))
