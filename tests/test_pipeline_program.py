@@ -95,9 +95,28 @@ def test_pipeline_errors_name_both_numbers():
     with pytest.raises(ConfigError, match=r"num_microbatches: 6 does not divide the 16 .* is 4"):
         program({"pipeline": 2}, pipeline={"num_microbatches": 6})
     with pytest.raises(ConfigError, match="no even parts in order"):
-        program(
-            {"pipeline": 2}, pipeline={"schedule": "interleaved"}, rules={"layers": "pipeline"}
-        )
+        program({"pipeline": 2}, pipeline={"schedule": "interleaved"}, rules={"layers": "pipeline"})
+
+
+@pytest.mark.parametrize(
+    "pipeline, rules",
+    [
+        ({"schedule": "interleaved", "gather": "microbatch"}, {}),
+        (
+            {"gather": "step"},
+            {
+                "embed": "fsdp+tensor",
+                "mlp": "none",
+                "heads": "none",
+                "kv_heads": "none",
+                "vocab": "none",
+            },
+        ),
+    ],
+)
+def test_pipeline_refuses_to_gather_a_part_of_a_dim(pipeline, rules):
+    with pytest.raises(ConfigError, match=r"pipeline.gather: .* of which the pipeline gathers"):
+        program({"pipeline": 2, "fsdp": 2, "tensor": 2}, pipeline=pipeline, rules=rules)
 
 
 def test_pipeline_warns_of_too_few_microbatches(caplog):
