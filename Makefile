@@ -1,4 +1,5 @@
-# make train | test | test-slow | test-reference | lint | format | bench | clean
+# make train | test | test-slow | test-reference | test-plan-tpu | plan-table | lint | format
+#      | bench | chaos | clean
 # A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-slow test-reference lint format bench lock clean
+.PHONY: train test test-slow test-reference test-plan-tpu plan-table lint format bench chaos lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -23,6 +24,15 @@ test-slow: $(VENV)/.test
 test-reference: $(VENV)/.reference
 	$(BIN)/python -m pytest -m reference
 
+# Compiles for TPUs that are not here, which takes minutes.
+test-plan-tpu: $(VENV)/.plan-tpu
+	$(BIN)/python -m pytest -m plan_tpu
+
+# docs/plans.md: the pod configs on the topologies they are meant for. Hours on a small machine;
+# what is in build/plans already is not compiled again.
+plan-table: $(VENV)/.plan-tpu
+	$(BIN)/python scripts/plan_table.py --out=build/plans --table=docs/plans.md
+
 lint: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,6 +45,12 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.train
 	$(BIN)/python scripts/bench.py
+
+# Sixty faults of all kinds against real runs; an hour or two.
+FAULTS ?= 60
+SEED ?= 0
+chaos: $(VENV)/.test
+	$(BIN)/python scripts/chaos.py --faults=$(FAULTS) --seed=$(SEED)
 
 # The versions that CI and these targets use, made anew.
 lock:
@@ -55,6 +71,9 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	touch $@ $(VENV)/.train
 $(VENV)/.lint: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[lint]'
+	touch $@
+$(VENV)/.plan-tpu: pyproject.toml $(CONSTRAINTS) | $(VENV)/.test
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[plan-tpu]'
 	touch $@
 $(VENV)/.reference: pyproject.toml $(CONSTRAINTS) | $(VENV)/.test
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[reference]'

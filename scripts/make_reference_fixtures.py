@@ -23,20 +23,26 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SIZES = {
@@ -87,6 +93,19 @@ def make_models() -> dict[str, PreTrainedModel]:
                 eos_token_id=None,
             )
         ),
+        "mixtral": lambda: MixtralForCausalLM(
+            MixtralConfig(**SIZES | {"intermediate_size": 20}, num_local_experts=4)
+        ),
+        "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **SIZES,
+                head_dim=16,
+                moe_intermediate_size=12,
+                num_experts=8,
+                num_experts_per_tok=3,
+                norm_topk_prob=True,
+            )
+        ),
     }
     return {name: _randomized(make(), seed) for seed, (name, make) in enumerate(models.items())}
 
@@ -119,13 +138,23 @@ def expected(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     model.zero_grad()
     output = model(input_ids=ids, labels=ids, use_cache=False)
     output.loss.backward()
-    grads = {f"grad/{name}": p.grad.clone() for name, p in model.named_parameters()}
     return {
         "ids": ids.int(),
         "logits": output.logits.detach(),
         "loss": output.loss.detach(),
-        **grads,
+        **{f"grad/{name}": grad for name, grad in _saved_grads(model).items()},
     }
+
+
+def _saved_grads(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Gradients as they would be saved: in memory transformers fuses the experts of a layer."""
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for weight, of in zip(copy.parameters(), model.parameters(), strict=True):
+            weight.copy_(of.grad)
+    with tempfile.TemporaryDirectory() as folder:
+        copy.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def train(model: PreTrainedModel) -> dict[str, torch.Tensor]:

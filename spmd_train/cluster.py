@@ -1,16 +1,35 @@
-"""The platform below JAX: XLA's flags, simulated devices, the compilation cache.
+"""The platform below JAX: who am I, how many are we, XLA's flags, the compilation cache.
 
 `start` must run before the first JAX computation; XLA reads its flags once.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import ctypes
+import faulthandler
+import hashlib
+import importlib.metadata
+import json
+import logging
 import os
+import platform
+import signal
+import socket
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import jax
+import numpy as np
+from jax._src.distributed import global_state  # Its barrier has no public name.
+from jax.experimental import multihost_utils
 
 from spmd_train.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 # YNNPACK fusions, on by default since jaxlib 0.10, are slower than Eigen's matmuls in a train step.
 CPU_FLAGS = {
@@ -26,6 +45,238 @@ def cache_home() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "spmd-train"
 
 
+TIMEOUTS = {
+    "SPMD_TRAIN_CONNECT_SECONDS": 300,  # until all processes have reached the coordinator
+    "SPMD_TRAIN_COMPILE_SECONDS": 3600,  # for the slowest to restore and compile
+    "SPMD_TRAIN_HEARTBEAT_SECONDS": 100,  # of silence, until a process is taken for dead
+    "SPMD_TRAIN_SHUTDOWN_SECONDS": 300,  # for all processes to leave together
+}
+_FAREWELL_SECONDS = 3
+SUPERVISOR = "SPMD_TRAIN_SUPERVISOR"
+"""The environment variable in which `spmd-train launch` leaves its process id."""
+
+_SIGNS = {
+    "SLURM": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"),
+    "OpenMPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "Kubernetes": ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
+    "TPU": ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES"),
+}
+
+
+class Place(NamedTuple):
+    """Where this process is among several; None: to be found by JAX.
+
+    Attributes:
+        coordinator_address: HOST:PORT of process 0.
+        num_processes: how many there are.
+        process_id: which this one is, from 0.
+    """
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def _place_of_environment(given: Place) -> Place:
+    """What was not given explicitly, out of SPMD_TRAIN_COORDINATOR_ADDRESS and the like."""
+    values: list[str | int | None] = []
+    for name, value in given._asdict().items():
+        variable = f"SPMD_TRAIN_{name.upper()}"
+        text = os.environ.get(variable)
+        if value is None and text:
+            if name != "coordinator_address" and not text.isdecimal():
+                raise ConfigError(f"{variable}={text!r}: must be a whole number")
+            value = text if name == "coordinator_address" else int(text)
+        values.append(value)
+    return Place(*values)  # pyright: ignore[reportArgumentType]
+
+
+def _cluster_of_environment() -> str | None:
+    """The cluster whose signs say that this is one of several processes."""
+    environ = os.environ
+    several = {
+        "SLURM": "SLURM_PROCID" in environ and _number("SLURM_NTASKS") > 1,
+        "OpenMPI": _number("OMPI_COMM_WORLD_SIZE") > 1,
+        "Kubernetes": all(name in environ for name in _SIGNS["Kubernetes"]),
+        "TPU": "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+        or _number("MEGASCALE_NUM_SLICES") > 1,
+    }
+    return next((name for name, is_so in several.items() if is_so), None)
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def connect(given: Place = Place()) -> None:  # noqa: B008 - immutable
+    """Joins the other processes of this run, if there are any.
+
+    What is given wins over `SPMD_TRAIN_{COORDINATOR_ADDRESS,NUM_PROCESSES,PROCESS_ID}`, and these
+    over what JAX finds by itself: TPU pods, SLURM, OpenMPI, Kubernetes.
+
+    Args:
+        given: explicit flags.
+
+    Raises:
+        ConfigError: there are several processes, but not enough is known to connect them.
+        TimeoutError: not all of them came.
+    """
+    place = _place_of_environment(given)
+    cluster = _cluster_of_environment()
+    known = [value is not None for value in place]
+    if place.num_processes == 1 or (not any(known) and cluster is None and not _on_tpu_vm()):
+        return
+    if any(known) and not all(known) and cluster is None:
+        names = [f"--{name}" for name, value in place._asdict().items() if value is None]
+        raise ConfigError(
+            f"{' and '.join(names)} must be given too: no cluster is recognized that would tell; "
+            f"seen: {_seen()}"
+        )
+    seconds = _timeouts()
+    try:
+        jax.distributed.initialize(
+            *place,
+            cluster_detection_method="deactivate" if all(known) else None,
+            initialization_timeout=seconds["SPMD_TRAIN_CONNECT_SECONDS"],
+            heartbeat_timeout_seconds=seconds["SPMD_TRAIN_HEARTBEAT_SECONDS"],
+            shutdown_timeout_seconds=seconds["SPMD_TRAIN_SHUTDOWN_SECONDS"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if not any(known) and cluster is None:  # a TPU VM by itself
+            return
+        raise ConfigError(
+            f"this is one of several processes ({cluster or 'as the flags say'}), but they cannot "
+            f"be connected: {error}; seen: {_seen()}. Give --coordinator_address=HOST:PORT, "
+            "--num_processes=N and --process_id=I"
+        ) from error
+    except RuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise TimeoutError(
+            f"not all processes came within SPMD_TRAIN_CONNECT_SECONDS="
+            f"{seconds['SPMD_TRAIN_CONNECT_SECONDS']}: {_seen()}, {place}: {error}"
+        ) from error
+    log.info("process %d of %d on %s", jax.process_index(), jax.process_count(), _host())
+
+
+def meet(name: str, *, seconds: float | None = None) -> None:
+    """Waits until all processes are here, without any device.
+
+    Collectives are less patient: those of CPUs give up when another process comes 30 s late.
+
+    Args:
+        name: of the place; each is passed once.
+        seconds: how long; None: SPMD_TRAIN_COMPILE_SECONDS.
+
+    Raises:
+        JaxRuntimeError: not all came; it names those that did not.
+    """
+    client = global_state.client
+    if client is not None:
+        seconds = _timeouts()["SPMD_TRAIN_COMPILE_SECONDS"] if seconds is None else seconds
+        client.wait_at_barrier(f"spmd_train/{name}", int(seconds * 1000))
+
+
+def connected() -> bool:
+    """Whether this process has joined others."""
+    return global_state.client is not None
+
+
+def abandon(code: int) -> NoReturn:
+    """Ends this process, one of several; JAX's own exit would wait for the others.
+
+    Args:
+        code: to exit with.
+    """
+    with contextlib.suppress(Exception):  # The others may be gone, or fail likewise: let them tell.
+        meet("failed", seconds=_FAREWELL_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _timeouts() -> dict[str, int]:
+    return {name: _number(name) or default for name, default in TIMEOUTS.items()}
+
+
+def _on_tpu_vm() -> bool:
+    devices = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    allowed = (jax.config.values["jax_platforms"] or "tpu").split(",")
+    return devices and "tpu" in allowed and "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+def _seen() -> str:
+    names = [name for names in _SIGNS.values() for name in names]
+    names += [f"SPMD_TRAIN_{name.upper()}" for name in Place._fields]
+    found = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    return ", ".join(found) or "no variable of any cluster"
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def code_facts() -> dict[str, str]:
+    """What code this process runs: a hash of this package, and versions."""
+    digest = hashlib.blake2b(digest_size=16)
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"spmd_train": digest.hexdigest(), "python": platform.python_version(), **versions}
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Compares facts over all processes, before one that differs lets the others wait for ever.
+
+    Args:
+        facts: name to value; must be the same everywhere.
+
+    Raises:
+        ConfigError: they are not; the processes that differ from the most are named, with what
+            differs.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = json.dumps({"host": _host(), "facts": dict(facts)}, sort_keys=True).encode()
+    lengths = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    told = [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
+    versions = [json.dumps(one["facts"], sort_keys=True) for one in told]
+    common = json.loads(collections.Counter(versions).most_common(1)[0][0])
+    lines = [
+        f"process {index} on {one['host']}: {name} is {one['facts'].get(name)}, "
+        f"elsewhere {common.get(name)}"
+        for index, one in enumerate(told)
+        for name in sorted(common.keys() | one["facts"].keys())
+        if one["facts"].get(name) != common.get(name)
+    ]
+    if lines:
+        raise ConfigError(
+            "the processes of this run are not the same:\n  "
+            + "\n  ".join(lines[:20])
+            + "\nstart all of them with the same command line, config and code"
+        )
+
+
+def _obey_supervisor() -> None:
+    """SIGUSR1 prints every thread's stack; without its supervisor this process ends."""
+    if not hasattr(signal, "SIGUSR1"):
+        return
+    if sys.__stderr__ is not None:
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+    supervisor = os.environ.get(SUPERVISOR)
+    if supervisor and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+        if os.getppid() != int(supervisor):
+            raise SystemExit("the supervisor has ended")
+
+
 def start(*, simulate_devices: int | None = None) -> None:
     """Sets JAX up for this process.
 
@@ -38,6 +289,7 @@ def start(*, simulate_devices: int | None = None) -> None:
     Raises:
         ConfigError: JAX has already started with another number of devices.
     """
+    _obey_supervisor()
     given = os.environ.get("XLA_FLAGS", "")
     ours = [f"--{name}={value}" for name, value in CPU_FLAGS.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()

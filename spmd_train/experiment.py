@@ -11,29 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
 from spmd_train.observe import (
-    Progress,
-    StepClock,
-    Writers,
-    device_memory_bytes,
-    device_peak_flops,
-    make_writers,
-    mfu,
-    model_flops_per_token,
+    log_examples,
 )
 from spmd_train.parallel.batches import HostBatch, put_batch, rows_here
 from spmd_train.parallel.mesh import make_mesh
+from spmd_train.parallel.sequence import check_heads
 from spmd_train.tasks import Batch, Task, make_task
-from spmd_train.train.evaluate import evaluate, means, with_bits_per_byte
+from spmd_train.train.evaluate import evaluate, with_bits_per_byte
 from spmd_train.train.generate import Sampling, generate
-from spmd_train.train.loop import LoopEvents, run_loop
-from spmd_train.train.program import Metrics, Program, make_program
-from spmd_train.train.state import Params, TrainState
+from spmd_train.train.program import Program, make_program
+from spmd_train.train.state import Params, join
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +50,21 @@ class Experiment:
         return (put_batch(batch, abstract) for batch in batches)
 
     @contextlib.contextmanager
-    def train_batches(self, data: Dataset, *, start_step: int) -> Iterator[Iterator[Batch]]:
-        """Global batches from a step on, without end."""
+    def train_batches(
+        self, data: Dataset, *, start_batch: int, workdir: Path | None = None
+    ) -> Iterator[Iterator[Batch]]:
+        """Global batches from a number on, without end; logged if the config says so."""
         size = self.config.train.global_batch_size
         rows = rows_here(self.program.abstract_batch)
         with contextlib.closing(
-            data.batches(global_batch_size=size, rows=rows, start_step=start_step)
+            data.batches(global_batch_size=size, rows=rows, start_step=start_batch)
         ) as batches:
-            yield self.feed(batches)
+            here: Iterator[HostBatch] = batches
+            if workdir is not None and self.config.train.log_examples:
+                here = log_examples(
+                    batches, workdir=workdir, process=jax.process_index(), first_batch=start_batch
+                )
+            yield self.feed(here)
 
     def evaluate(self, params: Params, data: Dataset) -> dict[str, float]:
         """Means over the whole split; the loss in nats per token."""
@@ -96,8 +95,10 @@ def build(config: ExperimentConfig, *, devices: Sequence[Any] | None = None) -> 
         sharding=config.sharding,
         optimizer=config.optimizer,
         train=config.train,
+        context=config.context,
         pipeline=config.pipeline,
     )
+    check_heads(config.model.num_heads, config.model.resolved_kv_heads, program.layout)
     return Experiment(config=config, task=task, program=program)
 
 
@@ -119,172 +120,6 @@ def _check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def train(config: ExperimentConfig, *, workdir: Path) -> None:
-    """Trains to `train.num_steps`, from the workdir's newest checkpoint if it has one.
-
-    Args:
-        config: what to train.
-        workdir: made if it is missing: config.json, checkpoints/, metrics.jsonl, tensorboard/.
-
-    Raises:
-        ConfigError: the config is impossible, or does not fit the workdir's checkpoint.
-    """
-    experiment = build(config)
-    data = open_data(config, split="train")
-    eval_data = open_data(config, split="eval") if config.train.eval_every else None
-    with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
-        state, start = _start(experiment, checkpoints)
-        if start >= config.train.num_steps:
-            log.info("%s: finished, %d steps of %d", workdir, start, config.train.num_steps)
-            return
-        leader = jax.process_index() == 0
-        _announce(experiment, data, start)
-        run_config = to_dict(config)
-        with (
-            make_writers(config.observe, workdir=workdir, resume_step=start, run_config=run_config)
-            if leader
-            else Writers(()) as writers,
-            Progress(config.train.num_steps, start, quiet=not leader) as progress,
-            experiment.train_batches(data, start_step=start) as batches,
-        ):
-            if leader:
-                _write_text(workdir / "config.json", to_json(config))
-            clock = StepClock(
-                tokens_per_step=config.train.global_batch_size * config.data.sequence_length,
-                start_step=start,
-            )
-            run = _Run(experiment, data, eval_data, checkpoints, writers, progress, clock)
-            state = run_loop(
-                experiment.program,
-                state,
-                batches,
-                start_step=start,
-                num_steps=config.train.num_steps,
-                clock=clock,
-                events=LoopEvents(run.stepped, run.pause_due, run.paused),
-            )
-        if config.sample.prompt and leader and jax.process_count() == 1:
-            text = sample_text(
-                experiment, state.eval_params, [config.sample.prompt], data.tokenizer
-            )[0]
-            log.info("a sample:\n%s%s", config.sample.prompt, text)
-        checkpoints.wait()
-        log.info(
-            "written to %s: config.json, metrics.jsonl, %scheckpoints/%s",
-            workdir,
-            "tensorboard/, " if config.observe.tensorboard else "",
-            "{" + ",".join(map(str, checkpoints.steps())) + "}",
-        )
-
-
-def _start(experiment: Experiment, checkpoints: Checkpointer) -> tuple[TrainState, int]:
-    """The state to go on from and its step: the newest checkpoint's, or a fresh one."""
-    program = experiment.program
-    steps = checkpoints.steps()
-    if not steps:
-        return program.init(experiment.config.train.seed), 0
-    state = checkpoints.restore(steps[-1], program.abstract_state)
-    log.info("goes on from step %d in %s", steps[-1], checkpoints.directory)
-    return state, steps[-1]
-
-
-def _announce(experiment: Experiment, data: Dataset, start: int) -> None:
-    config, program = experiment.config, experiment.program
-    params = jax.tree.leaves(program.abstract_state.params)
-    num_params = sum(int(np.prod(p.shape)) for p in params)
-    axes = [f"{a}={n}" for a, n in program.mesh.shape.items() if n > 1] or ["one device"]
-    tokens = config.train.global_batch_size * config.data.sequence_length
-    log.info(
-        "%s parameters on %s (%s); %s training tokens, %s per step; step %d to %d",
-        f"{num_params:,}",
-        " x ".join(axes),
-        program.mesh.devices.flat[0].device_kind,
-        f"{data.num_tokens:,}",
-        f"{tokens:,}",
-        start,
-        config.train.num_steps,
-    )
-
-
-class _Run:
-    """What happens around the steps of one training run."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        data: Dataset,
-        eval_data: Dataset | None,
-        checkpoints: Checkpointer,
-        writers: Writers,
-        progress: Progress,
-        clock: StepClock,
-    ) -> None:
-        self._experiment = experiment
-        self._data = data
-        self._eval_data = eval_data
-        self._checkpoints = checkpoints
-        self._writers = writers
-        self._progress = progress
-        self._clock = clock
-        config, mesh = experiment.config, experiment.program.mesh
-        length = config.data.sequence_length
-        self._flops_per_token = model_flops_per_token(config.model, sequence_length=length)
-        self._peak_flops = device_peak_flops(
-            config.observe,
-            device_kind=mesh.devices.flat[0].device_kind,
-            dtype=config.model.compute_dtype,
-        )
-
-    def stepped(self, step: int, metrics: Metrics) -> None:
-        """Logs a step if it is due."""
-        self._progress.update(step)
-        train = self._experiment.config.train
-        if step % train.log_every and step not in (1, train.num_steps):
-            return
-        values: dict[str, float | None] = {
-            **with_bits_per_byte(means(metrics), bytes_per_token=self._data.bytes_per_token),
-            **self._clock.read(step),
-            **device_memory_bytes(jax.local_devices()),
-        }
-        values["mfu"] = mfu(
-            values["tokens_per_second"],
-            flops_per_token=self._flops_per_token,
-            num_devices=self._experiment.program.mesh.size,
-            peak_flops=self._peak_flops,
-        )
-        self._log(step, "train", values)
-
-    def pause_due(self, step: int) -> bool:
-        """Whether an evaluation or a checkpoint is due."""
-        return self._due(step, "eval_every") or self._due(step, "checkpoint_every")
-
-    def paused(self, step: int, state: TrainState) -> None:
-        """Saves, then evaluates while the files are being written."""
-        if self._due(step, "checkpoint_every"):
-            config = self._experiment.config
-            meta = {
-                "config": to_dict(config),
-                "data": {"step": step, "global_batch_size": config.train.global_batch_size},
-                "mesh": {a: n for a, n in self._experiment.program.mesh.shape.items() if n > 1},
-            }
-            self._checkpoints.save(step, state, meta)
-        if self._eval_data is not None and self._due(step, "eval_every"):
-            values = self._experiment.evaluate(state.eval_params, self._eval_data)
-            self._log(step, "eval", dict(values))
-
-    def _due(self, step: int, every: str) -> bool:
-        train = self._experiment.config.train
-        interval: int = {
-            "eval_every": train.eval_every,
-            "checkpoint_every": train.checkpoint_every,
-        }[every]
-        return bool(interval) and (step % interval == 0 or step == train.num_steps)
-
-    def _log(self, step: int, split: str, values: dict[str, float | None]) -> None:
-        self._writers.write(step, split, values)
-        self._progress.log(step, split, values)
-
-
 def load_params(
     config: ExperimentConfig, *, workdir: Path, step: int | None = None
 ) -> tuple[Experiment, Params, int]:
@@ -296,7 +131,7 @@ def load_params(
         step: which checkpoint; None: the newest.
 
     Returns:
-        The experiment, the parameters (their moving average where there is one), the step.
+        The experiment, what to evaluate with (`TrainState.eval_params`), the step.
 
     Raises:
         ConfigError: there is no such checkpoint, or the model is another.
@@ -308,16 +143,22 @@ def load_params(
         Checkpointer(workdir, config.checkpoint, read_only=True)
     ) as checkpoints:
         steps = checkpoints.steps()
-        if not steps or (step is not None and step not in steps):
+        if step is None:
+            step = checkpoints.newest_good()
+        elif step in steps and (told := checkpoints.faults(step)):
+            raise ConfigError(f"--step={step}: this checkpoint is bad: {'; '.join(told[:5])}")
+        if step not in steps:
             raise ConfigError(
                 f"--step={step if step is not None else 'newest'}: {workdir} has checkpoints of "
                 f"steps {steps or 'none'}"
             )
-        step = steps[-1] if step is None else step
         state = experiment.program.abstract_state
         name = "params" if state.ema is None else "ema"
-        wanted = {name: state.eval_params}
-        return experiment, checkpoints.restore(step, wanted, partial=True)[name], step
+        wanted = {name: state.params if state.ema is None else state.ema}
+        if state.model_state:
+            wanted["model_state"] = state.model_state
+        restored = checkpoints.restore(step, wanted, partial=True)
+        return experiment, join(restored[name], restored.get("model_state", {})), step
 
 
 def import_params(
@@ -340,7 +181,8 @@ def import_params(
     state = experiment.program.init_from(params)
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         checkpoints.save(0, state, {"config": to_dict(config)})
-    _write_text(Path(workdir) / "config.json", to_json(config))
+        checkpoints.wait()
+    write_text(Path(workdir) / "config.json", to_json(config))
 
 
 def sample_text(
@@ -379,7 +221,7 @@ def sample_text(
     return [tokenizer.decode(tokens) for tokens in new]
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

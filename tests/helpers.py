@@ -14,9 +14,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from spmd_train.config import (
+    ContextConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     ScheduleConfig,
     ShardingConfig,
@@ -56,10 +58,12 @@ def program_of(
     mesh: Mapping[str, int],
     *,
     model: ModelConfig = MODEL,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
     loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
     optimizer: OptimizerConfig = OPTIMIZER,
     sharding: ShardingConfig = ShardingConfig(),  # noqa: B008
     train: TrainConfig = TRAIN,
+    context: ContextConfig = ContextConfig(),  # noqa: B008
     length: int = LENGTH,
     **train_changes: Any,
 ) -> Program:
@@ -67,11 +71,12 @@ def program_of(
     config = MeshConfig(**{"data": 1, **mesh})
     num_devices = int(np.prod([getattr(config, axis) for axis in mesh] or [1]))
     return make_program(
-        LanguageModel(model_config=model, loss_config=loss, sequence_length=length),
+        LanguageModel(model_config=model, moe_config=moe, loss_config=loss, sequence_length=length),
         mesh=make_mesh(config, devices=jax.devices()[:num_devices]),
         sharding=sharding,
         optimizer=optimizer,
         train=dataclasses.replace(train, **train_changes),
+        context=context,
     )
 
 

@@ -13,6 +13,7 @@ from spmd_train.config import (
     LossConfig,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     RopeConfig,
     ScheduleConfig,
@@ -26,27 +27,49 @@ from spmd_train.train.program import Program, make_program
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
 FAMILIES = ("llama", "llama_tied", "qwen2", "qwen3", "gpt2")
+EXPERT_FAMILIES = ("mixtral", "qwen3_moe")
 MESHES = {
     "one device": MeshConfig(),
     "fsdp2 x tensor2": MeshConfig(fsdp=2, tensor=2),
+    "expert2 x tensor2": MeshConfig(expert=2, tensor=2),
     "data2 x fsdp2 x tensor2": MeshConfig(fsdp=2, tensor=2),
 }
-NUM_DEVICES = {"one device": 1, "fsdp2 x tensor2": 4, "data2 x fsdp2 x tensor2": 8}
+NUM_DEVICES = {
+    "one device": 1,
+    "fsdp2 x tensor2": 4,
+    "expert2 x tensor2": 4,
+    "data2 x fsdp2 x tensor2": 8,
+}
 
 
 def model_config(hf_dir: Path, **changes: Any) -> ModelConfig:
     """The config that fits a checkpoint."""
     keys = model_config_from_hf(json.loads((hf_dir / "config.json").read_text()))
+    keys = {k: v for k, v in keys.items() if not k.startswith("moe.")}
     rope = {k.removeprefix("rope."): keys.pop(k) for k in list(keys) if k.startswith("rope.")}
     return ModelConfig(**{**keys, "rope": RopeConfig(**rope), **changes})
 
 
+def moe_config(hf_dir: Path) -> MoEConfig:
+    """The experts that fit a checkpoint, without losses of our own."""
+    keys = model_config_from_hf(json.loads((hf_dir / "config.json").read_text()))
+    moe = {k.removeprefix("moe."): v for k, v in keys.items() if k.startswith("moe.")}
+    return MoEConfig(**moe, balance="none")
+
+
 def make_reference_program(
-    config: ModelConfig, *, mesh: str = "one device", batch_size: int = 4, length: int = 32
+    config: ModelConfig,
+    *,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+    mesh: str = "one device",
+    batch_size: int = 4,
+    length: int = 32,
 ) -> Program:
     """Our program with the optimizer of the fixtures' training loop."""
     return make_program(
-        LanguageModel(model_config=config, loss_config=LossConfig(), sequence_length=length),
+        LanguageModel(
+            model_config=config, moe_config=moe, loss_config=LossConfig(), sequence_length=length
+        ),
         mesh=make_mesh(MESHES[mesh], devices=jax.devices()[: NUM_DEVICES[mesh]]),
         sharding=ShardingConfig(),
         optimizer=OptimizerConfig(
@@ -64,7 +87,9 @@ def make_reference_program(
 
 def load(program: Program, hf_dir: Path, config: ModelConfig) -> Any:
     """The checkpoint, sharded as the program plans."""
-    return load_params(hf_dir, config=config, abstract_params=program.abstract_state.params)
+    moe = program.model.task.moe_config
+    abstract_params = program.abstract_state.params
+    return load_params(hf_dir, config=config, moe=moe, abstract_params=abstract_params)
 
 
 def make_batch(program: Program, ids: np.ndarray) -> dict[str, jax.Array]:

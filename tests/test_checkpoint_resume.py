@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import MODEL, by_path, largest_difference
 
-from spmd_train import experiment
+from spmd_train import experiment, training
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.config import (
     CheckpointConfig,
@@ -81,7 +81,7 @@ def losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
 def straight(text: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Six steps without a stop."""
     workdir = tmp_path_factory.mktemp("straight")
-    experiment.train(config_of(text), workdir=workdir)
+    training.train(config_of(text), workdir=workdir)
     return workdir
 
 
@@ -98,7 +98,7 @@ def run_until_crash(
     with monkeypatch.context() as patch:
         patch.setattr(Writers, "write", fail)
         with pytest.raises(CrashError):
-            experiment.train(config, workdir=workdir)
+            training.train(config, workdir=workdir)
 
 
 def test_checkpoint_resume_is_bitwise_on_the_same_mesh(
@@ -112,7 +112,7 @@ def test_checkpoint_resume_is_bitwise_on_the_same_mesh(
     run_until_crash(config, tmp_path, monkeypatch, at=5)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3"]
     caplog.set_level("INFO", logger="spmd_train")
-    experiment.train(config, workdir=tmp_path)
+    training.train(config, workdir=tmp_path)
     assert "goes on from step 3" in caplog.text
 
     expected, got = by_path(restored(config, straight)), by_path(restored(config, tmp_path))
@@ -148,7 +148,7 @@ def test_checkpoint_resume_on_another_mesh_sees_the_same_batches(
         return feed(self, noted())
 
     monkeypatch.setattr(experiment.Experiment, "feed", record)
-    experiment.train(other, workdir=tmp_path)
+    training.train(other, workdir=tmp_path)
 
     data = experiment.open_data(config, split="train")
     expected = [data.batch(n, global_batch_size=8)["example_id"].tolist() for n in range(3, 6)]
@@ -171,7 +171,7 @@ def test_checkpoint_of_a_finished_run_is_left_alone(
 
     before = files()
     caplog.set_level("INFO", logger="spmd_train")
-    experiment.train(config_of(text), workdir=straight)
+    training.train(config_of(text), workdir=straight)
     assert "finished, 6 steps of 6" in caplog.text
     assert files() == before
 
@@ -192,7 +192,7 @@ def test_checkpoint_that_does_not_fit_is_refused_whole(
     train = dataclasses.replace(config_of(text).train, num_steps=STEPS + 1)
     config = config_of(text, **changes, train=train)
     with pytest.raises(ConfigError, match="does not fit the checkpoint of step 6") as error:
-        experiment.train(config, workdir=straight)
+        training.train(config, workdir=straight)
     assert named in str(error.value)
     assert ((straight / "config.json").read_bytes(), losses(straight)) == before
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["3", "6"]
@@ -215,7 +215,7 @@ def test_checkpoint_is_plain_orbax(text: pathlib.Path, straight: pathlib.Path) -
     table = tree["params"]["embedding"]["table"]
     np.testing.assert_array_equal(table, np.asarray(abstract.params["embedding"]["table"]))
     meta = json.loads((step / "meta" / "metadata").read_text())
-    assert meta["data"] == {"step": STEPS, "global_batch_size": 8}
+    assert meta["data"] == {"next_batch": STEPS, "global_batch_size": 8}
     assert meta["config"]["model"]["vocab_size"] == 256
     assert {"jax", "flax", "orbax"} <= meta["made_by"].keys()
 

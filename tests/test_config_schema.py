@@ -81,7 +81,15 @@ def test_config_schema_describe_tells_every_key_and_what_differs():
     }
     assert all(row.meaning and row.allowed for row in rows.values())
     assert "data.mixture.wiki.weight" in rows
-    sections = ("mesh", "mesh.dcn", "model", "model.rope", "optimizer.schedule", "sharding.rules")
+    sections = (
+        "mesh",
+        "mesh.dcn",
+        "model",
+        "model.rope",
+        "optimizer.schedule",
+        "sharding.rules",
+        "plan.chip",
+    )
     leaves = {
         path
         for path in paths_of(ExperimentConfig)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from interop_helpers import FAMILIES, REFERENCE
 
-from spmd_train.config import ConfigError, ModelConfig, RopeConfig, load_config, parse
+from spmd_train.config import ConfigError, ModelConfig, MoEConfig, RopeConfig, load_config, parse
 from spmd_train.interop import hf_config, model_config_from_hf
 from spmd_train.interop.hf_config import check_model_config
 
@@ -200,7 +200,10 @@ def test_interop_config_overrides_to_paste_make_it_fit(family):
     overrides += [("data.tokenizer", "tokenizer.json"), ("data.sequence_length", "64")]
     overrides += [("sample.prompt", "")]
     config = parse(load_config(flag, overrides))
-    assert check_model_config(config.model, config_json).name in config_json["architectures"]
+    assert (
+        check_model_config(config.model, config_json, moe=config.moe).name
+        in config_json["architectures"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,73 @@ def test_interop_config_compares_every_key_that_changes_the_result():
     """A new key of the model must be mapped here, or an export would silently leave it out."""
     computed_the_same = {"dropout", "remat", "scan_unroll", "init_scale", "max_positions"}
     computed_the_same |= {"param_dtype", "compute_dtype"}
-    compared = {key.partition(".")[0] for key in model_config_from_hf(LLAMA31_8B)}
+    compared = {key.partition(".")[0] for key in model_config_from_hf(LLAMA31_8B)} - {"moe"}
     assert compared | computed_the_same == {f.name for f in dataclasses.fields(ModelConfig)}
-    rope = {key.removeprefix("rope.") for key in model_config_from_hf(LLAMA31_8B) if "." in key}
+    keys = model_config_from_hf(LLAMA31_8B)
+    rope = {key.removeprefix("rope.") for key in keys if key.startswith("rope.")}
     assert rope == {f.name for f in dataclasses.fields(RopeConfig)}
+
+
+QWEN3_30B_A3B = QWEN3_06B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+def test_interop_config_reads_experts():
+    keys = model_config_from_hf(QWEN3_30B_A3B)
+    moe = {k.removeprefix("moe."): v for k, v in keys.items() if k.startswith("moe.")}
+    assert moe == {
+        "num_experts": 128,
+        "top_k": 8,
+        "expert_mlp_dim": 768,
+        "renormalize": True,
+        "scores": "softmax",
+        "num_shared_experts": 0,
+        "routed_scale": 1.0,
+    }
+    renamed = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"}
+    assert model_config_from_hf(renamed | {"num_local_experts": 128}) == keys
+    with pytest.raises(ConfigError, match="mlp_only_layers"):
+        model_config_from_hf(QWEN3_30B_A3B | {"mlp_only_layers": [0]})
+
+
+@pytest.mark.parametrize(
+    ("config", "moe", "name"),
+    [
+        (ModelConfig(), MoEConfig(num_experts=8), "MixtralForCausalLM"),
+        (ModelConfig(qk_norm=True), MoEConfig(num_experts=8, top_k=4), "Qwen3MoeForCausalLM"),
+    ],
+)
+def test_interop_config_export_of_experts_reads_back_the_same(config, moe, name):
+    written = json.loads(json.dumps(hf_config(config, moe=moe)))
+    assert written["architectures"] == [name]
+    check_model_config(config, written, moe=moe)
+    with pytest.raises(ConfigError, match=r"--config\.moe\.num_experts=8"):
+        check_model_config(config, written)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"balance": "bias"}, "moe.balance = bias"),
+        ({"scores": "sigmoid"}, "moe.scores = sigmoid"),
+        ({"num_shared_experts": 1}, "moe.num_shared_experts = 1"),
+        ({"renormalize": False}, "moe.renormalize = false"),
+    ],
+)
+def test_interop_config_export_refuses_experts_that_no_architecture_has(change, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        hf_config(ModelConfig(), moe=MoEConfig(num_experts=8, **change))

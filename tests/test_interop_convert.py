@@ -40,6 +40,7 @@ def fitting_overrides(hf_dir, workdir, capsys) -> list[str]:
     overrides = [
         f"--config.data.tokenizer={hf_dir / 'other.json'}",
         "--config.data.sequence_length=64",
+        "--config.optimizer.name=adamw",  # Its state begins with zeros, as is looked at below.
     ]
     import_words = ["import", f"--config={CONFIG}", f"--hf_dir={hf_dir}", f"--workdir={workdir}"]
     assert convert(*import_words, *overrides) == 2

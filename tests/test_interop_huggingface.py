@@ -9,7 +9,15 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from interop_helpers import FAMILIES, REFERENCE, load, make_reference_program, model_config
+from interop_helpers import (
+    EXPERT_FAMILIES,
+    FAMILIES,
+    REFERENCE,
+    load,
+    make_reference_program,
+    model_config,
+    moe_config,
+)
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -43,12 +51,13 @@ def assert_trees_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + EXPERT_FAMILIES)
 def test_interop_export_is_the_import_undone(family, tmp_path):
     hf_dir, out = REFERENCE / family, tmp_path / "new" / "out"
-    config = model_config(hf_dir)
-    params = load(make_reference_program(config, mesh=SHARDED), hf_dir, config)
-    files = save_params(params, config=config, hf_dir=out, dtype="float32")
+    config, moe = model_config(hf_dir), moe_config(hf_dir)
+    mesh = "expert2 x tensor2" if moe.num_experts else SHARDED
+    params = load(make_reference_program(config, moe=moe, mesh=mesh), hf_dir, config)
+    files = save_params(params, config=config, moe=moe, hf_dir=out, dtype="float32")
     assert sorted(files) == sorted(p.name for p in out.iterdir())
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 

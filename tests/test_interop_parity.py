@@ -7,7 +7,15 @@ import functools
 import jax
 import numpy as np
 import pytest
-from interop_helpers import FAMILIES, REFERENCE, load, make_batch, make_reference_program
+from interop_helpers import (
+    EXPERT_FAMILIES,
+    FAMILIES,
+    REFERENCE,
+    load,
+    make_batch,
+    make_reference_program,
+    moe_config,
+)
 from interop_helpers import model_config as model_config_of
 from safetensors.numpy import load_file
 
@@ -28,19 +36,21 @@ def logits_of(program, params, tokens: Tokens, ids):
         return hidden_BTD @ model.head_kernel()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + EXPERT_FAMILIES)
 def test_interop_matches_transformers(family):
     hf_dir = REFERENCE / family
-    config = model_config_of(hf_dir)
+    config, moe = model_config_of(hf_dir), moe_config(hf_dir)
     expected = load_file(hf_dir / "expected.safetensors")
-    program = make_reference_program(config, mesh="fsdp2 x tensor2")
+    mesh = "expert2 x tensor2" if moe.num_experts else "fsdp2 x tensor2"
+    program = make_reference_program(config, moe=moe, mesh=mesh)
     params = load(program, hf_dir, config)
 
     for leaf, planned in zip(
         jax.tree.leaves(params), jax.tree.leaves(program.abstract_state.params), strict=True
     ):
         assert leaf.sharding == planned.sharding
-    kernel = params["blocks"]["mlp"]["up"]["kernel"]
+    mlp = params["blocks"]["mlp"]
+    kernel = (mlp["experts"] if moe.num_experts else mlp)["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
     @jax.jit
@@ -57,7 +67,7 @@ def test_interop_matches_transformers(family):
     np.testing.assert_allclose(logits, expected["logits"][:, :-1], rtol=0, atol=LOGITS_TOLERANCE)
     np.testing.assert_allclose(value, expected["loss"], rtol=1e-6)
     compared = set()
-    for name, grad in to_hf(grads, config=config):
+    for name, grad in to_hf(grads, config=config, moe=moe):
         wanted = expected[f"grad/{name}"]
         scale = np.abs(wanted).max()
         assert scale > 1e-3, name

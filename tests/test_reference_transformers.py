@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from interop_helpers import (
+    EXPERT_FAMILIES,
     FAMILIES,
     REFERENCE,
     load,
     make_batch,
     make_reference_program,
     model_config,
+    moe_config,
 )
 from safetensors.numpy import load_file
 
@@ -45,7 +47,7 @@ def test_reference_fixtures_are_what_the_script_makes(script, tmp_path):
         return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
     assert files(tmp_path) == files(REFERENCE)
-    assert {name.partition("/")[0] for name in files(REFERENCE)} == set(FAMILIES)
+    assert {name.partition("/")[0] for name in files(REFERENCE)} == {*FAMILIES, *EXPERT_FAMILIES}
     for name in files(REFERENCE):
         if name.endswith(".json"):
             made, kept = (json.loads((d / name).read_text()) for d in (tmp_path, REFERENCE))
@@ -66,16 +68,16 @@ def test_reference_fixtures_are_what_the_script_makes(script, tmp_path):
                 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + EXPERT_FAMILIES)
 def test_reference_transformers_reads_our_export(script, family, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
     hf_dir, out = REFERENCE / family, tmp_path / "out"
-    config = model_config(hf_dir)
-    program = make_reference_program(config, mesh="fsdp2 x tensor2")
+    config, moe = model_config(hf_dir), moe_config(hf_dir)
+    program = make_reference_program(config, moe=moe, mesh="fsdp2 x tensor2")
     params = load(program, hf_dir, config)
-    save_params(params, config=config, hf_dir=out, dtype="float32", max_shard_bytes=50_000)
+    save_params(params, config=config, moe=moe, hf_dir=out, dtype="float32", max_shard_bytes=50_000)
     model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report
     assert (

@@ -15,14 +15,14 @@ from spmd_train.interop import hf_config, save_params
 
 def run(args: argparse.Namespace) -> int:
     """Exports a checkpoint of `args.workdir` to `args.hf_dir`, in the dtype of its parameters."""
-    model, data = args.config.model, args.config.data
+    model, moe, data = args.config.model, args.config.moe, args.config.data
     if model.positions == "rope":
         # Only readers of the export want to know; what was trained on is a lower bound.
         length = max(model.max_positions, data.sequence_length)
         model = dataclasses.replace(model, max_positions=length)
-    hf_config(model)  # What cannot be exported need not be read.
+    hf_config(model, moe=moe)  # What cannot be exported need not be read.
     _, params, step = experiment.load_params(args.config, workdir=args.workdir, step=args.step)
-    files = save_params(params, config=model, hf_dir=args.hf_dir, dtype=model.param_dtype)
+    files = save_params(params, config=model, moe=moe, hf_dir=args.hf_dir, dtype=model.param_dtype)
     tokenizer = Path(data.tokenizer)
     if tokenizer.is_file() and jax.process_index() == 0:
         files.append(f"tokenizer{tokenizer.suffix}")

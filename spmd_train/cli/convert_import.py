@@ -18,7 +18,12 @@ def run(args: argparse.Namespace) -> int:
 
     def load(abstract_params: Any) -> Any:
         sizes.extend(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params))
-        return load_params(args.hf_dir, config=args.config.model, abstract_params=abstract_params)
+        return load_params(
+            args.hf_dir,
+            config=args.config.model,
+            moe=args.config.moe,
+            abstract_params=abstract_params,
+        )
 
     experiment.import_params(args.config, workdir=args.workdir, load=load)
     print(f"{args.workdir}: {sum(sizes):,} parameters of {args.hf_dir}, as checkpoint 0")

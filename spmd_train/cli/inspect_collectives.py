@@ -6,14 +6,16 @@ import argparse
 import json
 
 from spmd_train import experiment
+from spmd_train.cli.targets import devices_of
 from spmd_train.inspect.collectives import collective_summary, format_collectives
 from spmd_train.plan.compiled import compile_step
 
 
 def run(args: argparse.Namespace) -> int:
     """Compiles the train step of `args.config` and prints its collectives."""
-    program = experiment.build(args.config).program
-    step = compile_step(program)
+    with devices_of(args) as (devices, options):
+        program = experiment.build(args.config, devices=devices).program
+        step = compile_step(program, options=options)
     summary = collective_summary(step.collectives)
     mesh = dict(program.mesh.shape)
     if args.json:

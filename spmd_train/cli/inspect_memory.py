@@ -6,7 +6,8 @@ import argparse
 import json
 
 from spmd_train import experiment
-from spmd_train.cli.inspect_shardings import format_bytes
+from spmd_train.cli.formats import format_bytes
+from spmd_train.cli.targets import devices_of
 from spmd_train.inspect.shardings import sharding_table
 from spmd_train.plan.compiled import compile_step
 
@@ -22,8 +23,9 @@ _TOLD = {
 
 def run(args: argparse.Namespace) -> int:
     """Compiles the train step of `args.config` and prints the compiler's account of its memory."""
-    program = experiment.build(args.config).program
-    step = compile_step(program)
+    with devices_of(args) as (devices, options):
+        program = experiment.build(args.config, devices=devices).program
+        step = compile_step(program, options=options)
     mesh = dict(program.mesh.shape)
     totals = sharding_table(program.plans).totals
     state = {name: total.bytes_per_device for name, total in totals.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from spmd_train import experiment
-from spmd_train.cli.inspect_shardings import format_bytes
+from spmd_train.cli.formats import format_bytes
 from spmd_train.config import ConfigError, ExperimentConfig
 from spmd_train.inspect.schedule import (
     format_grid,

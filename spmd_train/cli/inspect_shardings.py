@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from spmd_train import experiment
+from spmd_train.cli.formats import format_bytes
+from spmd_train.cli.targets import devices_of
 from spmd_train.inspect.shardings import ShardingTable, as_json, sharding_table
 from spmd_train.parallel.plan import LeafPlan
-
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan of `args.config`; allocates and compiles nothing."""
-    program = experiment.build(args.config).program
+    with devices_of(args) as (devices, _):
+        program = experiment.build(args.config, devices=devices).program
     table, mesh = sharding_table(program.plans), dict(program.mesh.shape)
     if args.json:
         print(json.dumps(as_json(table, mesh=mesh), indent=2))
@@ -82,11 +82,3 @@ def _columns(
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join(cells).rstrip()
-
-
-def format_bytes(count: float) -> str:
-    """A number of bytes as people read it."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    unit = min(int(math.log(count / 1000, 1024)) + 1, len(_UNITS))
-    return f"{count / 1024**unit:.2f} {_UNITS[unit - 1]}"

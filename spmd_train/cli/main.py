@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ _PROG = "spmd-train"
 _GROUPS = {
     "inspect": "show what XLA will do, without training",
     "convert": "Hugging Face checkpoints in and out",
+    "checkpoints": "what is there, and whether it is whole",
 }
 _OVERRIDES = """\
 any key of the config:
@@ -33,7 +35,9 @@ _EXIT_CODES = """\
 exit codes:
   0    done
   2    a mistake in the command line, the config or the data: one message, nothing written
-  130  interrupted
+  3    plan: it does not fit the target
+  75   told to stop (SIGTERM) and saved: the same command line goes on
+  130  interrupted; once: saved as above, twice: at once
   else a fault of the program, with a traceback
 
 Answers go to standard output, logs to standard error.
@@ -59,11 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb.uses_devices:
             cluster = importlib.import_module("spmd_train.cluster")
             cluster.start(simulate_devices=args.simulate_devices)
+            if verb.uses_processes:
+                place = (args.coordinator_address, args.num_processes, args.process_id)
+                cluster.connect(cluster.Place(*place))
         code = importlib.import_module(verb.module).run(args)
         sys.stdout.flush()
         return code
     except ConfigError as error:
         print(f"{_PROG}: {error}", file=sys.stderr)
+        _abandon(2)
         return 2
     except KeyboardInterrupt:
         print(f"{_PROG}: interrupted", file=sys.stderr)
@@ -72,21 +80,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our answer has left (`| head`); Python's own flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        _abandon(1, error)
+        raise
+
+
+def _abandon(code: int, error: Exception | None = None) -> None:
+    """Ends this process without waiting for the others of its run, if there are any."""
+    cluster = sys.modules.get("spmd_train.cluster")
+    if cluster is not None and cluster.connected():
+        if error is not None:
+            traceback.print_exception(error)
+        cluster.abandon(code)
 
 
 def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Reads flags and config; `args.config` is the parsed config, `args.verb` the verb."""
-    overrides, words = split_overrides(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    overrides, words = split_overrides(argv[:end])
     args, unknown = _make_parser().parse_known_args(words)
     verb: Verb = args.verb
     prog = " ".join((_PROG, *verb.words))
     if unknown:
         flags = [flag.name for flag in verb.flags]
         raise ConfigError(unknown_argument(unknown[0], flags=flags, prog=prog))
+    args.command = list(argv[end + 1 :])
+    if bool(args.command) != verb.takes_command:
+        told = (
+            "needs -- and the verb to run after its flags" if verb.takes_command else "takes no --"
+        )
+        raise ConfigError(f"{prog} {told}; see {prog} --help")
     # Here, not by argparse, which would not look at misspelt flags when one is missing.
-    missing = [f"--{f.name}" for f in verb.flags if f.required and getattr(args, f.name) is None]
+    missing = [f for f in verb.flags if f.required and getattr(args, f.name) is None]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
+        names = " and ".join(f.metavar if f.positional else f"--{f.name}" for f in missing)
+        raise ConfigError(f"{names} must be given; see {prog} --help")
+    if not verb.takes_config:
+        if overrides:
+            raise ConfigError(f"--config.{overrides[0][0]}: {prog} reads no config")
+        return args
     for flag in verb.flags:
         if flag.config_key and (text := vars(args).pop(flag.name)) is not None:
             overrides.append((flag.config_key, text))
@@ -135,6 +167,7 @@ def _make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     groups = {}
     for verb in VERBS:
+        overrides = _OVERRIDES if verb.takes_config else ""
         *group, word = verb.words
         at = verbs
         if group:
@@ -149,7 +182,7 @@ def _make_parser() -> argparse.ArgumentParser:
                 help=verb.summary,
                 usage=_usage(verb),
                 description=textwrap.fill(verb.about, 90),
-                epilog=f"{_OVERRIDES}\nexample:\n  {verb.example}\n\n{_EXIT_CODES}",
+                epilog=f"{overrides}\nexample:\n  {verb.example}\n\n{_EXIT_CODES}",
                 formatter_class=argparse.RawDescriptionHelpFormatter,
                 allow_abbrev=False,
             ),
@@ -161,11 +194,14 @@ def _make_parser() -> argparse.ArgumentParser:
 def _usage(verb: Verb) -> str:
     needed = [_usage_of(flag) for flag in verb.flags if flag.required]
     free = [f"[{_usage_of(flag)}]" for flag in verb.flags if not flag.required]
-    words = [_PROG, *verb.words, *needed, *free, "[--config.a.b=VALUE ...]"]
+    words = [_PROG, *verb.words, *needed, *free]
+    words += ["[--config.a.b=VALUE ...]"] * verb.takes_config + ["-- VERB ..."] * verb.takes_command
     return textwrap.fill(" ".join(words), 90, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _usage_of(flag: Flag) -> str:
+    if flag.positional:
+        return flag.metavar
     return f"--{flag.name}={flag.metavar}" if flag.metavar else f"--{flag.name}"
 
 
@@ -173,6 +209,11 @@ def _add_flags(parser: argparse.ArgumentParser, verb: Verb) -> None:
     for flag in verb.flags:
         if not flag.metavar:
             parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+            continue
+        if flag.positional:
+            parser.add_argument(
+                flag.name, metavar=flag.metavar, type=flag.type, nargs="?", help=flag.help
+            )
             continue
         told = f"{flag.help} (default: {flag.config_key} of the config)"
         parser.add_argument(

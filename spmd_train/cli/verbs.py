@@ -21,6 +21,7 @@ class Flag:
       default: where it is not given.
       required: whether it must be given.
       repeats: whether it may be given several times: the value is a list.
+      positional: given as a bare word, without `--NAME=`.
       config_key: the config's key that it overrides; the verb finds the value there.
     """
 
@@ -31,6 +32,7 @@ class Flag:
     default: Any = None
     required: bool = False
     repeats: bool = False
+    positional: bool = False
     config_key: str = ""
 
 
@@ -46,6 +48,7 @@ class Verb:
       example: a command.
       flags: what it takes, besides `--config.a.b=VALUE`.
       uses_devices: whether JAX is started for it.
+      takes_command: whether another verb's words follow after `--`; they are in `args.command`.
     """
 
     words: tuple[str, ...]
@@ -55,6 +58,17 @@ class Verb:
     example: str
     flags: tuple[Flag, ...]
     uses_devices: bool = True
+    takes_command: bool = False
+
+    @property
+    def uses_processes(self) -> bool:
+        """Whether it runs on several processes at one time."""
+        return PROCESSES[0] in self.flags
+
+    @property
+    def takes_config(self) -> bool:
+        """Whether a config is read for it."""
+        return any(flag.name == "config" for flag in self.flags)
 
 
 def _at_least(smallest: int) -> Callable[[str], int]:
@@ -116,6 +130,26 @@ STEP = Flag(
     type=_at_least(0),
     help="the checkpoint of this step (default: the newest)",
 )
+PROCESSES = (
+    Flag(
+        name="coordinator_address",
+        metavar="HOST:PORT",
+        help="where process 0 is reached; this and the next two are found on TPU pods, SLURM, "
+        "OpenMPI, Kubernetes (or in SPMD_TRAIN_COORDINATOR_ADDRESS, ...)",
+    ),
+    Flag(
+        name="num_processes",
+        metavar="N",
+        type=_at_least(1),
+        help="processes of this run (or SPMD_TRAIN_NUM_PROCESSES)",
+    ),
+    Flag(
+        name="process_id",
+        metavar="I",
+        type=_at_least(0),
+        help="which of them this is, from 0 (or SPMD_TRAIN_PROCESS_ID)",
+    ),
+)
 HF_DIR = Flag(
     name="hf_dir",
     metavar="DIR",
@@ -124,7 +158,15 @@ HF_DIR = Flag(
     help="a Hugging Face checkpoint: config.json and safetensors files",
 )
 
+TARGET = Flag(
+    name="target",
+    metavar="TARGET",
+    help="compile for hardware that is not here: cpu:8, v5e:16x16, 2xv5p:4x4x4 (slices), "
+    "h100:4x8 (nodes x GPUs), ... (default: the devices at hand)",
+)
+
 _INSPECT = (CONFIG, SIMULATE_DEVICES, JSON)
+_COMPILED = (CONFIG, TARGET, SIMULATE_DEVICES, JSON)
 
 VERBS: tuple[Verb, ...] = (
     Verb(
@@ -135,7 +177,7 @@ VERBS: tuple[Verb, ...] = (
         "same command line goes on from the newest checkpoint, on this mesh or on another.",
         example="spmd-train train --config=configs/lm_tiny.py --workdir=runs/tiny "
         "--config.train.num_steps=500",
-        flags=(CONFIG, WORKDIR, SIMULATE_DEVICES),
+        flags=(CONFIG, WORKDIR, SIMULATE_DEVICES, *PROCESSES),
     ),
     Verb(
         words=("eval",),
@@ -143,7 +185,7 @@ VERBS: tuple[Verb, ...] = (
         summary="evaluate a checkpoint, on any mesh",
         about="Measures a checkpoint on the whole evaluation split.",
         example="spmd-train eval --workdir=runs/tiny --step=300 --json",
-        flags=(RUN_CONFIG, WORKDIR, STEP, SIMULATE_DEVICES, JSON),
+        flags=(RUN_CONFIG, WORKDIR, STEP, SIMULATE_DEVICES, JSON, *PROCESSES),
     ),
     Verb(
         words=("generate",),
@@ -199,6 +241,33 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        words=("plan",),
+        module="spmd_train.cli.plan",
+        summary="will it fit, what crosses the network, how fast: before there is hardware",
+        about="Compiles the train step with the compiler of hardware that is not here and reads "
+        "out memory, collectives and FLOPs; predicts the step time from the chip's data sheet. "
+        "Exits with 3 if it does not fit the devices' memory. With --search it looks for the "
+        "fastest mesh that fits.",
+        example="spmd-train plan --config=configs/llama3_8b.py --target=v5p:4x4x8",
+        flags=(
+            CONFIG,
+            dataclasses.replace(TARGET, required=True),
+            Flag(
+                name="search",
+                default=False,
+                help="rank meshes, remat and accumulation; compile the best few",
+            ),
+            Flag(
+                name="html",
+                metavar="FILE",
+                type=pathlib.Path,
+                help="write the plan as one HTML page, too",
+            ),
+            SIMULATE_DEVICES,
+            JSON,
+        ),
+    ),
+    Verb(
         words=("inspect", "config"),
         module="spmd_train.cli.inspect_config",
         summary="every key of the config, its value and its meaning",
@@ -215,7 +284,7 @@ VERBS: tuple[Verb, ...] = (
         about="Prints every parameter: its path, shape, dtype and PartitionSpec, the reason for "
         "it, the bytes it takes per device, and the totals. Allocates nothing.",
         example="spmd-train inspect shardings --config=configs/llama3_70b.py --simulate_devices=8",
-        flags=_INSPECT,
+        flags=_COMPILED,
     ),
     Verb(
         words=("inspect", "collectives"),
@@ -224,7 +293,7 @@ VERBS: tuple[Verb, ...] = (
         about="Compiles the train step and prints the collectives that XLA made: which, how many, "
         "over which mesh axes, and how many bytes.",
         example="spmd-train inspect collectives --simulate_devices=8 --config.mesh.fsdp=8",
-        flags=_INSPECT,
+        flags=_COMPILED,
     ),
     Verb(
         words=("inspect", "memory"),
@@ -232,6 +301,16 @@ VERBS: tuple[Verb, ...] = (
         summary="what the train step takes of a device's memory",
         about="Compiles the train step and prints the compiler's own account of its memory.",
         example="spmd-train inspect memory --simulate_devices=8 --config.model.remat=full",
+        flags=_COMPILED,
+    ),
+    Verb(
+        words=("inspect", "context"),
+        module="spmd_train.cli.inspect_context",
+        summary="how a split sequence shares out attention's work",
+        about="Prints which blocks of a sequence each device of mesh.context has, how many "
+        "query-key pairs are its work, how uneven that is, and the bytes that attention sends. "
+        "Compiles nothing.",
+        example="spmd-train inspect context --simulate_devices=8 --config.mesh.context=8",
         flags=_INSPECT,
     ),
     Verb(
@@ -270,5 +349,109 @@ VERBS: tuple[Verb, ...] = (
         "from_pretrained.",
         example="spmd-train convert export --workdir=runs/llama3 --hf_dir=exported",
         flags=(RUN_CONFIG, WORKDIR, HF_DIR, STEP, SIMULATE_DEVICES),
+    ),
+    Verb(
+        words=("checkpoints", "list"),
+        module="spmd_train.cli.checkpoints",
+        summary="the checkpoints of a run",
+        about="Prints each checkpoint's step, bytes and time of writing, and what was put aside as "
+        "bad. Reads no data: `checkpoints verify` does.",
+        example="spmd-train checkpoints list --workdir=runs/tiny",
+        flags=(WORKDIR, JSON),
+        uses_devices=False,
+    ),
+    Verb(
+        words=("checkpoints", "verify"),
+        module="spmd_train.cli.checkpoints",
+        summary="whether they are whole",
+        about="Hashes every file of the checkpoints and compares with what was written. Changes "
+        "nothing. Exit code 1 if one is bad.",
+        example="spmd-train checkpoints verify --workdir=runs/tiny --step=300",
+        flags=(
+            WORKDIR,
+            Flag(name="step", metavar="N", type=_at_least(0), help="only this one (default: all)"),
+            JSON,
+        ),
+        uses_devices=False,
+    ),
+    Verb(
+        words=("checkpoints", "prune"),
+        module="spmd_train.cli.checkpoints",
+        summary="delete old and bad ones",
+        about="Deletes what was put aside as bad, and the good checkpoints that "
+        "checkpoint.keep_last and checkpoint.keep_every of the run's config do not keep. Not for a "
+        "run that is going on.",
+        example="spmd-train checkpoints prune --workdir=runs/tiny --config.checkpoint.keep_last=1",
+        flags=(RUN_CONFIG, WORKDIR, JSON),
+        uses_devices=False,
+    ),
+    Verb(
+        words=("launch",),
+        module="spmd_train.cli.launch",
+        summary="local processes, supervised and restarted",
+        about="Runs train as N processes on this machine. If one dies or all hang, all are ended "
+        "and restarted from the newest good checkpoint, until that brings no new checkpoint any "
+        "more. SIGTERM and Ctrl-C are passed on: all save after the same step.",
+        example="spmd-train launch --num_processes=2 --simulate_devices=2 -- train "
+        "--workdir=runs/tiny",
+        flags=(
+            Flag(
+                name="num_processes",
+                metavar="N",
+                type=_at_least(1),
+                required=True,
+                help="processes; of GPUs each gets one",
+            ),
+            Flag(
+                name="max_restarts",
+                metavar="K",
+                type=_at_least(0),
+                default=3,
+                help="restarts in a row without a new checkpoint (default: 3)",
+            ),
+            Flag(
+                name="simulate_devices",
+                metavar="N",
+                type=_at_least(1),
+                help="run each process on N CPU devices",
+            ),
+            Flag(
+                name="hang_seconds",
+                metavar="T",
+                type=_at_least(0),
+                default=600,
+                help="seconds without a step until all stacks are printed and all is restarted; "
+                "must be longer than an evaluation; 0: never (default: 600)",
+            ),
+            Flag(
+                name="start_seconds",
+                metavar="T",
+                type=_at_least(0),
+                default=3600,
+                help="the same until the first step: tokenizing, compiling (default: 3600)",
+            ),
+        ),
+        uses_devices=False,
+        takes_command=True,
+    ),
+    Verb(
+        words=("replay",),
+        module="spmd_train.cli.replay",
+        summary="a bad step again",
+        about="Repeats the step on which a run has stopped because its numbers were bad, from the "
+        "checkpoint before it, and names the arrays that are not finite.",
+        example="spmd-train replay runs/tiny/bad_steps/57",
+        flags=(
+            Flag(
+                name="bundle",
+                metavar="BUNDLE",
+                positional=True,
+                type=_folder,
+                required=True,
+                help="WORKDIR/bad_steps/STEP of the run",
+            ),
+            SIMULATE_DEVICES,
+            JSON,
+        ),
     ),
 )

@@ -27,15 +27,16 @@ class Conflict(NamedTuple):
     message: str
 
 
-_UNAVAILABLE_AXES = ("replica", "expert", "context")
+_UNAVAILABLE_AXES = ("replica",)
 
 
 def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
     """All contradictions in a config whose single values are each allowed."""
     yield from _mesh_conflicts(config.mesh)
     yield from _sharding_conflicts(config.sharding)
-    yield from _pipeline_conflicts(config.pipeline)
+    yield from _pipeline_conflicts(config)
     yield from _model_conflicts(config.model)
+    yield from _moe_conflicts(config)
     yield from _data_conflicts(config.data)
     yield from _length_conflicts(config)
     yield from _optimizer_conflicts(config.optimizer)
@@ -55,11 +56,22 @@ def _mesh_conflicts(mesh: schema.MeshConfig) -> Iterator[Conflict]:
             yield Conflict(
                 {path: size},
                 "this axis is not yet possible in this version and must be 1; "
-                "use mesh.data, mesh.fsdp, mesh.pipeline and mesh.tensor",
+                "use the other axes of the mesh",
             )
 
 
-def _pipeline_conflicts(pipeline: schema.PipelineConfig) -> Iterator[Conflict]:
+def _pipeline_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
+    pipeline, mesh = config.pipeline, config.mesh
+    if mesh.pipeline * mesh.dcn.pipeline != 1:
+        others = {"mesh.context": mesh.context * mesh.dcn.context != 1}
+        others["moe.num_experts"] = config.moe.num_experts > 0
+        values = {"mesh.context": mesh.context, "moe.num_experts": config.moe.num_experts}
+        for path, used in others.items():
+            if used:
+                yield Conflict(
+                    {"mesh.pipeline": mesh.pipeline, path: values[path]},
+                    "a pipeline and this are not yet possible together; use fsdp or tensor",
+                )
     if pipeline.schedule != "interleaved" and pipeline.virtual_stages > 1:
         yield Conflict(
             {
@@ -127,6 +139,38 @@ def _model_conflicts(model: schema.ModelConfig) -> Iterator[Conflict]:
             },
             "low_freq_factor must be less than high_freq_factor",
         )
+
+
+def _moe_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
+    moe, mesh = config.moe, config.mesh
+    experts = {"moe.num_experts": moe.num_experts}
+    sizes = {"mesh.expert": mesh.expert, "mesh.dcn.expert": mesh.dcn.expert}
+    shards = mesh.expert * mesh.dcn.expert
+    sharded = {name: size for name, size in sizes.items() if size != 1}
+    if not moe.num_experts:
+        if sharded:
+            yield Conflict(
+                {**experts, **sharded},
+                "a dense model has no experts to shard: set moe.num_experts, or mesh.expert to 1 "
+                "and give its devices to mesh.data or mesh.fsdp",
+            )
+        return
+    if shards > 0 and moe.num_experts % shards:
+        divisors = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
+        best = min(divisors, key=lambda n: abs(n - shards))
+        multiple = max(round(moe.num_experts / shards), 1) * shards
+        yield Conflict(
+            {**experts, **sharded},
+            f"{moe.num_experts} experts do not divide over {shards} shards; the nearest that work "
+            f"are {best} shards, or {multiple} experts",
+        )
+    if moe.top_k > moe.num_experts:
+        yield Conflict(
+            {**experts, "moe.top_k": moe.top_k},
+            f"a token cannot take more experts than there are; top_k may be 1 to {moe.num_experts}",
+        )
+    if config.model.mlp_bias:
+        yield Conflict({**experts, "model.mlp_bias": True}, "experts have no biases; set it false")
 
 
 def _data_conflicts(data: schema.DataConfig) -> Iterator[Conflict]:

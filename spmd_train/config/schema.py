@@ -107,6 +107,24 @@ class ShardingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """How sequences are split over mesh.context, where that is not 1."""
+
+    method: str = key(
+        "ring",
+        "how queries meet keys of other devices: keys go round (ring), are gathered, or tokens are "
+        "exchanged for heads (ulysses: heads must divide)",
+        choices=("ring", "all_gather", "ulysses"),
+    )
+    placement: str = key(
+        "zigzag",
+        "which tokens a device has: two blocks, one from either end, so that causal attention is "
+        "the same work on each (zigzag); or one block (contiguous)",
+        choices=("zigzag", "contiguous"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
     """How microbatches go through the stages of `mesh.pipeline`."""
 
@@ -176,6 +194,9 @@ class ModelConfig:
     dropout: float = key(0.0, "on embeddings and block outputs", at_least=0, at_most=0.99)
     logit_softcap: float = key(0.0, "cap * tanh(logits / cap); 0: off", at_least=0)
     attention_softcap: float = key(0.0, "the same on attention scores; 0: off", at_least=0)
+    sliding_window: int = key(
+        0, "a token sees only so many tokens, itself and those before it; 0: all", at_least=0
+    )
     remat: str = key(
         "none",
         "what the backward pass recomputes: none, everything in a block (full), all but matmul "
@@ -196,6 +217,58 @@ class ModelConfig:
     def resolved_head_dim(self) -> int:
         """Width of a head: `head_dim`, or where that is 0 `embed_dim / num_heads`."""
         return self.head_dim or self.embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts: the MLP of every block becomes many, of which a token takes a few."""
+
+    num_experts: int = key(0, "experts of a block; 0: a dense model", at_least=0)
+    top_k: int = key(2, "experts that a token takes", at_least=1)
+    expert_mlp_dim: int = key(0, "hidden width of an expert; 0: model.mlp_dim", at_least=0)
+    num_shared_experts: int = key(0, "experts that every token takes besides", at_least=0)
+    shared_mlp_dim: int = key(0, "width of a shared expert; 0: that of the others", at_least=0)
+    scores: str = key("softmax", "what the router's logits become", choices=("softmax", "sigmoid"))
+    renormalize: bool = key(True, "a token's chosen scores are divided by their sum")
+    routed_scale: float = key(1.0, "then multiplied by this (DeepSeek-V3: 2.5)", above=0)
+    balance: str = key(
+        "loss",
+        "what evens out the load: a loss of each sequence (loss), a bias on the scores that only "
+        "the choice sees (bias), or nothing (none)",
+        choices=("none", "loss", "bias"),
+    )
+    load_balancing_loss: float = key(
+        0.01, "balance = loss: its weight (Switch, arXiv:2101.03961)", at_least=0
+    )
+    bias_update_speed: float = key(
+        0.001, "balance = bias: its change per step (DeepSeek-V3, arXiv:2408.15664)", above=0
+    )
+    router_z_loss: float = key(
+        0.0, "weight of log(Z)^2 of the router (ST-MoE, arXiv:2202.08906)", at_least=0
+    )
+    dispatch: str = key(
+        "dropless",
+        "every token is served (dropless), or an expert takes so many tokens of a sequence, the "
+        "first ones (capacity)",
+        choices=("dropless", "capacity"),
+    )
+    capacity_factor: float = key(
+        1.25, "capacity: tokens an expert takes of a sequence / its even share", above=0
+    )
+    exchange_factor: float = key(
+        1.5,
+        "dropless over mesh.expert: tokens that a device sends each other in one exchange / their "
+        "even share; if a load needs more, there are more exchanges",
+        above=0,
+    )
+
+    def expert_width(self, model: ModelConfig) -> int:
+        """Hidden width of an expert."""
+        return self.expert_mlp_dim or model.mlp_dim
+
+    def shared_width(self, model: ModelConfig) -> int:
+        """Hidden width of all shared experts together: side by side they are one MLP."""
+        return self.num_shared_experts * (self.shared_mlp_dim or self.expert_width(model))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,15 +389,49 @@ class TrainConfig:
     checkpoint_every: int = key(
         100, "steps between checkpoints, and one at the end; 0: none", at_least=0
     )
+    bad_step: str = key(
+        "abort",
+        "after a loss or gradient that is no number, or a spike: stop; leave the state as it was "
+        "(decided on the device, not for spikes); or go back to the newest checkpoint and skip the "
+        "batches since",
+        choices=("abort", "skip", "rollback"),
+    )
+    max_bad_steps: int = key(
+        10, "skipped steps in a row, or rollbacks to one checkpoint, that end the run", at_least=1
+    )
+    spike_factor: float = key(
+        0.0,
+        "a gradient norm over this many times the median of the last 100 is a bad step; 0: off",
+        above=1,
+        or_equal=0,
+    )
+    max_device_batch: int = key(
+        0,
+        "most sequences that each part of the mesh's batch axes has at one time; grad_accumulation "
+        "grows until they fit, as on fewer devices than before; 0: no limit",
+        at_least=0,
+    )
+    log_examples: bool = key(
+        False, "write the ids of all consumed examples to WORKDIR/examples/PROCESS.jsonl"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints are kept."""
+    """Which checkpoints are kept, and how far they are trusted."""
 
     keep_last: int = key(2, "newest checkpoints kept", at_least=1)
     keep_every: int = key(0, "besides, keep each step that this divides; 0: none", at_least=0)
     asynchronous: bool = key(True, "write while training goes on")
+    verify: str = key(
+        "full",
+        "before a restore: hash every file; all sizes and a sample of hashes; or only see that the "
+        "save was finished",
+        choices=("full", "sample", "off"),
+    )
+    max_failures: int = key(
+        3, "failed saves in a row (a full disk) that end the run; fewer are warned of", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -352,6 +459,28 @@ class ObserveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChipConfig:
+    """Figures of a target's chip, per JAX device; 0: those of the table of chips."""
+
+    flops: float = key(0.0, "dense matmul FLOP/s in model.compute_dtype", at_least=0)
+    hbm_bytes: float = key(0.0, "memory, bytes", at_least=0)
+    hbm_bandwidth: float = key(0.0, "of the memory, bytes/s", at_least=0)
+    ici_bandwidth: float = key(0.0, "sent over ICI or NVLink by a device, bytes/s", at_least=0)
+    dcn_bandwidth: float = key(0.0, "sent out of its slice or node, bytes/s", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What `spmd-train plan` reckons with; training does not read it."""
+
+    tokens: int = key(0, "tokens to train on; 0: those of train.num_steps", at_least=0)
+    dollars_per_device_hour: float = key(0.0, "price of a device; 0: not told", at_least=0)
+    watts_per_device: float = key(0.0, "power of a device, all included; 0: not told", at_least=0)
+    silence: str = key("", "names of lints not to report, comma-separated")
+    chip: ChipConfig = section(ChipConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """A whole experiment."""
 
@@ -359,7 +488,9 @@ class ExperimentConfig:
     mesh: MeshConfig = section(MeshConfig)
     sharding: ShardingConfig = section(ShardingConfig)
     pipeline: PipelineConfig = section(PipelineConfig)
+    context: ContextConfig = section(ContextConfig)
     model: ModelConfig = section(ModelConfig)
+    moe: MoEConfig = section(MoEConfig)
     loss: LossConfig = section(LossConfig)
     data: DataConfig = section(DataConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
@@ -367,3 +498,4 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     sample: SampleConfig = section(SampleConfig)
     observe: ObserveConfig = section(ObserveConfig)
+    plan: PlanConfig = section(PlanConfig)

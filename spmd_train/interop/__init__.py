@@ -1,4 +1,4 @@
-"""Checkpoints of others: Hugging Face's Llama, Mistral, Qwen 2 and 3, GPT-2."""
+"""Checkpoints of others: Hugging Face's Llama, Mistral and Mixtral, Qwen 2, 3 and 3-MoE, GPT-2."""
 
 from spmd_train.interop.hf_config import hf_config, model_config_from_hf
 from spmd_train.interop.huggingface import hf_shapes, load_params, save_params, to_hf

@@ -4,7 +4,7 @@ One table says which of our parameters is which Hugging Face tensor, another whi
 keys is which key of `config.json`; import and export both read them.
 
 Letters of dims: V vocab, D embed, P positions, H query heads, G key/value heads, K head dim, F mlp,
-and S: which of the tensors fused in one.
+E experts, and S: which of the tensors fused in one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from spmd_train.interop.tensors import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One of our `model.*` keys in `config.json`.
+    """One of our keys in `config.json`.
 
     Attributes:
-        ours: our key.
+        ours: our key, as in `num_layers` (of `model`) or `moe.top_k`.
         theirs: Hugging Face's.
         default: what `transformers` takes where `config.json` is silent or null: a value, or a
             function of our keys read so far. None: it must be there.
+        aliases: other names of theirs, read where the first is not there.
     """
 
     ours: str
     theirs: str
     default: Any | Callable[[Mapping[str, Any]], Any] = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,16 +63,34 @@ class Architecture:
     written: Mapping[str, Callable[[ModelConfig], Any]]
 
 
-def _decoder_tensors() -> tuple[Tensor, ...]:
-    layer, attn, mlp = "model.layers.{layer}", "self_attn", "mlp"
+_Projections = tuple[tuple[str, str, str, str, str], ...]
+
+_DENSE_MLP: _Projections = (
+    ("mlp/gate", "mlp.gate_proj", "DF", "F D", "F"),
+    ("mlp/up", "mlp.up_proj", "DF", "F D", "F"),
+    ("mlp/down", "mlp.down_proj", "FD", "D F", "D"),
+)
+
+
+def _experts(module: str, *, gate: str, up: str, down: str) -> _Projections:
+    """Router and experts below `module`; the projections of an expert under these names."""
+    expert = module + ".experts.{expert}."
+    return (
+        ("mlp/router", f"{module}.gate", "DE", "E D", "E"),
+        ("mlp/experts/gate", expert + gate, "DF", "F D", "F"),
+        ("mlp/experts/up", expert + up, "DF", "F D", "F"),
+        ("mlp/experts/down", expert + down, "FD", "D F", "D"),
+    )
+
+
+def _decoder_tensors(mlp: _Projections) -> tuple[Tensor, ...]:
+    layer, attn = "model.layers.{layer}", "self_attn"
     projections = (
         ("attention/query", f"{attn}.q_proj", "DHK", "HK D", "HK"),
         ("attention/key", f"{attn}.k_proj", "DGK", "GK D", "GK"),
         ("attention/value", f"{attn}.v_proj", "DGK", "GK D", "GK"),
         ("attention/out", f"{attn}.o_proj", "HKD", "D HK", "D"),
-        ("mlp/gate", f"{mlp}.gate_proj", "DF", "F D", "F"),
-        ("mlp/up", f"{mlp}.up_proj", "DF", "F D", "F"),
-        ("mlp/down", f"{mlp}.down_proj", "FD", "D F", "D"),
+        *mlp,
     )
     norms = (
         ("attention_norm", "input_layernorm", "D"),
@@ -154,7 +174,9 @@ def _gpt2_tensors() -> tuple[Tensor, ...]:
     )
 
 
-_NO_SOFTCAP = {"logit_softcap": 0.0, "attention_softcap": 0.0}
+_NO_SOFTCAP = {"logit_softcap": 0.0, "attention_softcap": 0.0, "sliding_window": 0}
+_NO_EXPERTS = {"moe.num_experts": 0}
+_EXPERTS = {"moe.scores": "softmax", "moe.num_shared_experts": 0, "moe.routed_scale": 1.0}
 _DECODER_FIXED = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", **_NO_SOFTCAP}
 
 
@@ -174,13 +196,17 @@ def _decoder(
     fixed: Mapping[str, Any],
     head_dim: Any = _head_width,
     requires: Mapping[str, tuple[Any, tuple[Any, ...]]] | None = None,
+    mlp: _Projections = _DENSE_MLP,
+    mlp_keys: tuple[Key, ...] = (Key("mlp_dim", "intermediate_size"),),
+    norm_epsilon: float = 1e-6,
+    written: Mapping[str, Callable[[ModelConfig], Any]] | None = None,
 ) -> Architecture:
-    """Llama and those that differ from it in a few switches."""
+    """Llama and those that differ from it in a few switches, or in the MLP."""
     return Architecture(
         name=name,
         model_type=model_type,
         prefix="model.",
-        tensors=_decoder_tensors(),
+        tensors=_decoder_tensors(mlp),
         unused=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
         keys=(
             Key("num_layers", "num_hidden_layers"),
@@ -188,15 +214,18 @@ def _decoder(
             Key("num_heads", "num_attention_heads"),
             Key("num_kv_heads", "num_key_value_heads", _same_heads),
             Key("head_dim", "head_dim", head_dim),
-            Key("mlp_dim", "intermediate_size"),
+            *mlp_keys,
             Key("vocab_size", "vocab_size"),
-            Key("norm_epsilon", "rms_norm_eps", 1e-6),
+            Key("norm_epsilon", "rms_norm_eps", norm_epsilon),
             Key("tied_head", "tie_word_embeddings", False),
             *keys,
         ),
-        fixed={**_DECODER_FIXED, **fixed},
+        fixed={**_DECODER_FIXED, **(_NO_EXPERTS if mlp is _DENSE_MLP else _EXPERTS), **fixed},
         requires={"hidden_act": ("silu", ("silu", "swish")), **(requires or {})},
-        written={"max_position_embeddings": lambda config: config.max_positions},
+        written={
+            "max_position_embeddings": lambda config: config.max_positions,
+            **(written or {}),
+        },
     )
 
 
@@ -204,7 +233,9 @@ _BIAS_OF_ALL = (
     Key("attention_bias", "attention_bias", False),
     Key("attention_out_bias", "attention_bias", False),
 )
+_NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 _QWEN_REQUIRES = {"use_sliding_window": (False, (False,))}
+_EVERY_LAYER = {"decoder_sparse_step": (1, (1,)), "mlp_only_layers": (None, ([], None))}
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
@@ -239,13 +270,38 @@ ARCHITECTURES: dict[str, Architecture] = {
             "MistralForCausalLM",
             "mistral",
             keys=(),
-            fixed={
-                "qk_norm": False,
-                "attention_bias": False,
-                "attention_out_bias": False,
-                "mlp_bias": False,
-            },
+            fixed={"qk_norm": False, **_NO_BIAS},
             requires={"sliding_window": (4096, (None,))},
+        ),
+        _decoder(
+            "MixtralForCausalLM",
+            "mixtral",
+            keys=(),
+            fixed={"qk_norm": False, "moe.renormalize": True, **_NO_BIAS},
+            requires={"sliding_window": (None, (None,))},
+            mlp=_experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
+            mlp_keys=(
+                Key("moe.num_experts", "num_local_experts", 8, ("num_experts",)),
+                Key("moe.top_k", "num_experts_per_tok", 2),
+                Key("moe.expert_mlp_dim", "intermediate_size"),
+            ),
+            norm_epsilon=1e-5,
+        ),
+        _decoder(
+            "Qwen3MoeForCausalLM",
+            "qwen3_moe",
+            keys=_BIAS_OF_ALL,
+            fixed={"qk_norm": True, "mlp_bias": False},
+            requires={**_QWEN_REQUIRES, **_EVERY_LAYER},
+            mlp=_experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+            mlp_keys=(
+                Key("moe.num_experts", "num_experts", 128, ("num_local_experts",)),
+                Key("moe.top_k", "num_experts_per_tok", 8),
+                Key("moe.expert_mlp_dim", "moe_intermediate_size"),
+                Key("moe.renormalize", "norm_topk_prob", False),
+            ),
+            # Of layers without experts, which are none.
+            written={"intermediate_size": lambda config: config.mlp_dim},
         ),
         Architecture(
             name="GPT2LMHeadModel",
@@ -274,6 +330,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "mlp_bias": True,
                 "qk_norm": False,
                 **_NO_SOFTCAP,
+                **_NO_EXPERTS,
             },
             requires={
                 "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),

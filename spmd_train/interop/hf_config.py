@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spmd_train.config import ConfigError, ModelConfig, RopeConfig
+from spmd_train.config import ConfigError, ModelConfig, MoEConfig, RopeConfig
 from spmd_train.config.keys import keys_of
 from spmd_train.interop.architectures import ARCHITECTURES, Architecture
+
+NO_EXPERTS = MoEConfig()
 
 # Values of config.json in messages look as they do there.
 _json = json.dumps
@@ -68,7 +70,8 @@ def model_config_from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
             (`rope_theta`, `rope_scaling`) or that of 5 (`rope_parameters`).
 
     Returns:
-        Our `model` keys as in `num_layers`, `rope.theta`; all those that change what is computed.
+        Our `model` keys as in `num_layers`, `rope.theta`, and `moe` keys as in `moe.top_k`; all
+        those that change what is computed.
 
     Raises:
         ConfigError: the architecture or one of its features is not supported, or a size is missing.
@@ -86,10 +89,12 @@ def model_config_from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
         refused.append(f'layer_types = {_json(layer_types)}; supported: all "full_attention"')
     model: dict[str, Any] = {}
     for key in architecture.keys:
-        value = config_json.get(key.theirs)
+        names = (key.theirs, *key.aliases)
+        value = next((v for n in names if (v := config_json.get(n)) is not None), None)
         if value is None:
             value = key.default(model) if callable(key.default) else key.default
-        model[key.ours] = _accept(ModelConfig, key.ours, key.theirs, value)
+        section = MoEConfig if key.ours.startswith("moe.") else ModelConfig
+        model[key.ours] = _accept(section, key.ours.removeprefix("moe."), key.theirs, value)
     model |= {k: v(model) if callable(v) else v for k, v in architecture.fixed.items()}
     if model["positions"] == "rope":
         rope, refused_rope = _rope_from_hf(config_json)
@@ -136,12 +141,15 @@ def _accept(section: type, name: str, theirs: str, value: Any) -> Any:
         raise ConfigError(f"config.json: {theirs} = {_json(value)} {error}") from error
 
 
-def check_model_config(config: ModelConfig, config_json: Mapping[str, Any]) -> Architecture:
+def check_model_config(
+    config: ModelConfig, config_json: Mapping[str, Any], *, moe: MoEConfig = NO_EXPERTS
+) -> Architecture:
     """Compares our config with a checkpoint's.
 
     Args:
         config: ours.
         config_json: the checkpoint's.
+        moe: ours.
 
     Returns:
         The architecture.
@@ -150,14 +158,14 @@ def check_model_config(config: ModelConfig, config_json: Mapping[str, Any]) -> A
         ConfigError: the architecture is not supported, or keys differ: each with both values, and
             the overrides to paste.
     """
-    ours = _flat(config)
+    ours = _flat(config, moe)
     differing = {k: v for k, v in model_config_from_hf(config_json).items() if ours[k] != v}
     if differing:
         lines = [
-            f"model.{key}: {_text(ours[key])} in the config, {_text(value)} in the checkpoint"
+            f"{_path(key)}: {_text(ours[key])} in the config, {_text(value)} in the checkpoint"
             for key, value in differing.items()
         ]
-        overrides = [f"--config.model.{key}={_text(value)}" for key, value in differing.items()]
+        overrides = [f"--config.{_path(key)}={_text(value)}" for key, value in differing.items()]
         raise ConfigError(
             "the config's model is not the checkpoint's:\n  "
             + "\n  ".join(lines)
@@ -167,8 +175,10 @@ def check_model_config(config: ModelConfig, config_json: Mapping[str, Any]) -> A
     return architecture_of(config_json)
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
+def hf_config(config: ModelConfig, *, moe: MoEConfig = NO_EXPERTS) -> dict[str, Any]:
     """The `config.json` of our model: the first architecture that computes the same.
+
+    Not told: `moe.dispatch`. They serve every token; with capacity, ours drops some.
 
     RoPE is told in the old form (`rope_theta`, `rope_scaling`), which every version reads. No
     token has a special meaning (`bos_token_id`, `eos_token_id`): our config knows of none.
@@ -176,13 +186,18 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: no supported architecture has these features together.
     """
-    ours = _flat(config)
+    if moe.num_experts and moe.balance == "bias":
+        raise ConfigError(
+            "moe.balance = bias: no architecture of Hugging Face's that we can write has the "
+            "experts' biases; what was trained with loss or none can be exported"
+        )
+    ours = _flat(config, moe)
     reasons = []
     for architecture in ARCHITECTURES.values():
         written = _write(architecture, config, ours)
         read = model_config_from_hf(written)
         differing = [
-            f"model.{key} = {_text(ours[key])} (it has {_text(value)})"
+            f"{_path(key)} = {_text(ours[key])} (it has {_text(value)})"
             for key, value in read.items()
             if ours[key] != value
         ]
@@ -216,16 +231,22 @@ def _write(
     return written
 
 
-def _flat(config: ModelConfig) -> dict[str, Any]:
-    """All keys of a model as in `num_layers`, `rope.theta`, with zeros resolved."""
+def _flat(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    """All keys as in `num_layers`, `rope.theta`, `moe.top_k`, with zeros resolved."""
     flat = dataclasses.asdict(config)
     rope = flat.pop("rope")
     return {
         **flat,
         **{f"rope.{name}": value for name, value in rope.items()},
+        **{f"moe.{name}": value for name, value in dataclasses.asdict(moe).items()},
+        "moe.expert_mlp_dim": moe.expert_width(config),
         "num_kv_heads": config.resolved_kv_heads,
         "head_dim": config.resolved_head_dim,
     }
+
+
+def _path(key: str) -> str:
+    return key if key.startswith("moe.") else f"model.{key}"
 
 
 def _text(value: Any) -> str:

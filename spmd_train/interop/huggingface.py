@@ -22,9 +22,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from spmd_train.config import ConfigError, ModelConfig
+from spmd_train.config import ConfigError, ModelConfig, MoEConfig
 from spmd_train.interop.architectures import ARCHITECTURES, Architecture
-from spmd_train.interop.hf_config import check_model_config, hf_config, read_config
+from spmd_train.interop.hf_config import NO_EXPERTS, check_model_config, hf_config, read_config
 from spmd_train.interop.safetensors_dir import (
     FLOAT_DTYPES,
     INDEX,
@@ -43,18 +43,21 @@ _ROWS_COMPARED = 4096
 
 
 class _Place(NamedTuple):
-    """What a Hugging Face tensor holds: our parameters (several where fused), and which layer."""
+    """What a Hugging Face tensor holds: our parameters (several where fused), and where in them."""
 
     tensors: list[Tensor]
-    layer: int | None
+    at: tuple[int, ...]
 
 
-def load_params(hf_dir: Path, *, config: ModelConfig, abstract_params: Tree) -> Tree:
+def load_params(
+    hf_dir: Path, *, config: ModelConfig, abstract_params: Tree, moe: MoEConfig = NO_EXPERTS
+) -> Tree:
     """Reads a checkpoint into the sharding planned for it.
 
     Args:
         hf_dir: `config.json` and `model.safetensors`, or several files and their index.
         config: the model, which must be the checkpoint's.
+        moe: its experts.
         abstract_params: tree of ShapeDtypeStructs with shardings; tensors of any float dtype are
             converted to theirs.
 
@@ -65,7 +68,7 @@ def load_params(hf_dir: Path, *, config: ModelConfig, abstract_params: Tree) -> 
         ConfigError: the config is not the checkpoint's or is not supported; files are missing or
             damaged; tensors are missing, left over or of another shape. Nothing was loaded then.
     """
-    architecture = check_model_config(config, read_config(hf_dir))
+    architecture = check_model_config(config, read_config(hf_dir), moe=moe)
     leaves = _leaves(abstract_params)
     places = _places(architecture, leaves)
     stored = _check_tensors(open_tensors(hf_dir), architecture, places, leaves)
@@ -78,8 +81,7 @@ def load_params(hf_dir: Path, *, config: ModelConfig, abstract_params: Tree) -> 
 def _load_leaf(
     tensor: Tensor, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, StoredTensor]
 ) -> jax.Array:
-    shape = leaf.shape
-    stacked = tensor.num_layers(shape) is not None
+    shape, stacked = leaf.shape, tensor.num_stacked
     shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -87,12 +89,11 @@ def _load_leaf(
         ranges = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if ranges not in shards:  # Devices that hold the same shard share it.
             shards[ranges] = np.empty([stop - start for start, stop in ranges], leaf.dtype)
-            layers = range(*ranges[0]) if stacked else [None]
-            for i, layer in enumerate(layers):
-                part = tensor.read(
-                    shape, ranges[stacked:], stored[tensor.name.format(layer=layer)].read
-                )
-                shards[ranges][i if stacked else ...] = part
+            outer, inner = ranges[:stacked], ranges[stacked:]
+            for at in itertools.product(*(range(*r) for r in outer)):
+                part = tensor.read(shape, inner, stored[tensor.name_of(at)].read)
+                here = tuple(i - start for i, (start, _) in zip(at, outer, strict=True))
+                shards[ranges][here] = part
         return shards[ranges]
 
     return jax.make_array_from_callback(shape, leaf.sharding, read, dtype=leaf.dtype)
@@ -148,6 +149,7 @@ def save_params(
     config: ModelConfig,
     hf_dir: Path,
     dtype: str,
+    moe: MoEConfig = NO_EXPERTS,
     max_shard_bytes: int = 5 * 10**9,
 ) -> list[str]:
     """Writes parameters as a checkpoint that `transformers` reads; all of it, or nothing.
@@ -155,6 +157,7 @@ def save_params(
     Args:
         params: tree of global arrays. Every process must call this; the first one writes.
         config: the model.
+        moe: its experts.
         hf_dir: where to; it is made, and if it is there it must be empty.
         dtype: of the tensors written.
         max_shard_bytes: size of a file, unless one tensor is larger, and so what the host holds.
@@ -165,10 +168,10 @@ def save_params(
     Raises:
         ConfigError: no architecture does what the model does, or `hf_dir` is not empty.
     """
-    config_json = {**hf_config(config), "torch_dtype": dtype}
+    config_json = {**hf_config(config, moe=moe), "torch_dtype": dtype}
     if hf_dir.exists() and (not hf_dir.is_dir() or any(hf_dir.iterdir())):
         raise ConfigError(f"--hf_dir: {hf_dir} is there already, and not empty; name another")
-    shapes = hf_shapes(params, config=config)
+    shapes = hf_shapes(params, config=config, moe=moe)
     sizes = {name: math.prod(s) * np.dtype(dtype).itemsize for name, s in shapes.items()}
     shards = split_shards(sizes, max_shard_bytes)
     documents = {"config.json": config_json}
@@ -179,7 +182,7 @@ def save_params(
 
     is_writer = jax.process_index() == 0
     partial = hf_dir.absolute().with_name(f".{hf_dir.name}.{os.getpid()}.partial")
-    tensors = to_hf(params, config=config)
+    tensors = to_hf(params, config=config, moe=moe)
     try:
         if is_writer:
             partial.mkdir(parents=True)
@@ -203,12 +206,15 @@ def save_params(
     return [*documents, *shards]
 
 
-def to_hf(params: Tree, *, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def to_hf(
+    params: Tree, *, config: ModelConfig, moe: MoEConfig = NO_EXPERTS
+) -> Iterator[tuple[str, np.ndarray]]:
     """Our parameters, or their gradients, as Hugging Face's tensors, one after another.
 
     Args:
         params: tree of global arrays; every process must take all of it.
         config: the model.
+        moe: its experts.
 
     Yields:
         Name and array, in the leaf's own dtype.
@@ -217,21 +223,23 @@ def to_hf(params: Tree, *, config: ModelConfig) -> Iterator[tuple[str, np.ndarra
         ConfigError: no architecture does what the model does.
     """
     leaves = _leaves(params)
-    for name, (tensors, layer) in _places(_architecture(config), leaves).items():
-        yield name, tensors[0].write([_fetch(leaves[t.path], layer) for t in tensors])
+    for name, (tensors, at) in _places(_architecture(config, moe), leaves).items():
+        yield name, tensors[0].write([_fetch(leaves[t.path], at) for t in tensors])
 
 
-def hf_shapes(params: Tree, *, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(
+    params: Tree, *, config: ModelConfig, moe: MoEConfig = NO_EXPERTS
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `to_hf` gives; `params` may be abstract."""
     leaves = _leaves(params)
     return {
         name: tensors[0].hf_shape(leaves[tensors[0].path].shape)
-        for name, (tensors, _) in _places(_architecture(config), leaves).items()
+        for name, (tensors, _) in _places(_architecture(config, moe), leaves).items()
     }
 
 
-def _architecture(config: ModelConfig) -> Architecture:
-    return ARCHITECTURES[hf_config(config)["architectures"][0]]
+def _architecture(config: ModelConfig, moe: MoEConfig) -> Architecture:
+    return ARCHITECTURES[hf_config(config, moe=moe)["architectures"][0]]
 
 
 def _places(architecture: Architecture, leaves: Mapping[str, Any]) -> dict[str, _Place]:
@@ -239,9 +247,9 @@ def _places(architecture: Architecture, leaves: Mapping[str, Any]) -> dict[str, 
     places: dict[str, _Place] = {}
     for tensor in architecture.tensors:
         if tensor.path in leaves:
-            num_layers = tensor.num_layers(leaves[tensor.path].shape)
-            for layer in [None] if num_layers is None else range(num_layers):
-                place = places.setdefault(tensor.name.format(layer=layer), _Place([], layer))
+            stacked = leaves[tensor.path].shape[: tensor.num_stacked]
+            for at in itertools.product(*map(range, stacked)):
+                place = places.setdefault(tensor.name_of(at), _Place([], at))
                 place.tensors.append(tensor)
     placed = {tensor.path for place in places.values() for tensor in place.tensors}
     assert placed == set(leaves), f"{architecture.name}: no place for {set(leaves) - placed}"
@@ -252,9 +260,11 @@ def _leaves(tree: Tree) -> dict[str, Any]:
     return {leaf_path(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _fetch(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    if layer is not None:
-        x = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _fetch(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+    if at:
+        inner = leaf.shape[len(at) :]
+        start, sizes = (*at, *[0] * len(inner)), (*[1] * len(at), *inner)
+        x = jax.lax.dynamic_slice(leaf, start, sizes).reshape(inner)
     else:
         x = jnp.copy(leaf)  # An array keeps the host copy once made of it; this one goes away.
     if not x.is_fully_addressable:

@@ -17,8 +17,9 @@ class Tensor:
     """One of our parameters in a Hugging Face tensor.
 
     Attributes:
-        path: of our parameter. One below `blocks/` has a first dim more: a tensor for each layer.
-        name: Hugging Face's; `{layer}` is the layer's number.
+        path: of our parameter.
+        name: Hugging Face's; `{layer}` is the layer's number, `{expert}` the expert's. For each our
+            parameter has a first dim more, in this order.
         dims: our dims in order, a letter each: `"DHK"`.
         hf_dims: Hugging Face's: a word per dim, which our dims make up, the outermost first:
             `"HK D"`.
@@ -33,9 +34,14 @@ class Tensor:
     part: int = 0
     num_parts: int = 1
 
-    def num_layers(self, shape: Sequence[int]) -> int | None:
-        """Layers of our parameter of this shape; None where there is one tensor for all."""
-        return shape[0] if "{layer}" in self.name else None
+    @property
+    def num_stacked(self) -> int:
+        """First dims of our parameter along which there is a tensor each."""
+        return self.name.count("{")
+
+    def name_of(self, index: Sequence[int]) -> str:
+        """Name of the tensor at this index of those dims."""
+        return self.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
 
     def hf_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the tensor, for our parameter of this shape."""
@@ -43,7 +49,7 @@ class Tensor:
         return tuple(math.prod(sizes[d] for d in word) for word in self.hf_dims.split())
 
     def read(self, shape: Sequence[int], ranges: Sequence[Range], read: Read) -> np.ndarray:
-        """Reads a part of one layer of our parameter.
+        """Reads a part of one tensor of our parameter.
 
         Args:
             shape: of our parameter.
@@ -71,7 +77,7 @@ class Tensor:
         return _moved(block, letters, self.dims)
 
     def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The tensor made of one layer of our parameter, or of all those that are fused in it."""
+        """The tensor made of its part of our parameter, or of all those that are fused in it."""
         letters = "".join(self.hf_dims.split())
         stacked = parts[0][None] if self.num_parts == 1 else np.stack(parts)
         moved = _moved(stacked, "S" + self.dims, letters)

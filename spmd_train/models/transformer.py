@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_train.config import ModelConfig
+from spmd_train.config import ConfigError, ModelConfig, MoEConfig
 from spmd_train.nn.attention import Attention, LayerCache, Tokens
 from spmd_train.nn.dropout import DropoutKeys
 from spmd_train.nn.embeddings import Embedding, rope_angles
 from spmd_train.nn.mlp import MLP
+from spmd_train.nn.moe import MoE
 from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import SAVED_NAME, Operands, Projection, Tape, recording
+from spmd_train.nn.routing import RoutingStats
 from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard
 from spmd_train.parallel.stages import Layers
 
@@ -42,10 +44,24 @@ class Cache(NamedTuple):
     end: jax.Array
 
 
-class Block(nnx.Module):
-    """Attention and MLP, each normalized before and added after."""
+class Output(NamedTuple):
+    """What a run of the network gives.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    Attributes:
+        hidden: after the last norm, [B, T, D] in the compute dtype.
+        cache: with the new tokens in it; None without one.
+        routing: of each layer's experts, every array with a first dim L; None in a dense model.
+    """
+
+    hidden: jax.Array
+    cache: Cache | None
+    routing: RoutingStats | None
+
+
+class Block(nnx.Module):
+    """Attention and MLP (or experts), each normalized before and added after."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, *, rngs: nnx.Rngs) -> None:
         """Makes one layer's parameters."""
         norm = {"epsilon": config.norm_epsilon, "dtype": config.param_dtype, "rngs": rngs}
         # GPT-2: projections that write the residual stream start smaller the deeper the network.
@@ -53,12 +69,16 @@ class Block(nnx.Module):
         self.attention_norm = NORMS[config.norm](config.embed_dim, **norm)
         self.attention = Attention(config, out_scale=out_scale, rngs=rngs)
         self.mlp_norm = NORMS[config.norm](config.embed_dim, **norm)
-        self.mlp = MLP(config, out_scale=out_scale, rngs=rngs)
+        self.mlp = (
+            MoE(config, moe, out_scale=out_scale, rngs=rngs)
+            if moe.num_experts
+            else MLP(config, out_scale=out_scale, rngs=rngs)
+        )
 
     def __call__(
-        self, x_BTD: jax.Array, *, dropout: DropoutKeys | None, **attention: Any
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """One layer; `attention` is handed to `Attention`."""
+        self, x_BTD: jax.Array, *, dropout: DropoutKeys | None, tokens: Tokens, **attention: Any
+    ) -> tuple[jax.Array, tuple[LayerCache | None, RoutingStats | None]]:
+        """One layer; `tokens` and `attention` are handed to `Attention`."""
 
         def add(x: jax.Array, y: jax.Array, place: int) -> jax.Array:
             y = constrain(y, RESIDUAL)
@@ -67,18 +87,28 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             # Norms run on the shard of the residual stream; the projections see whole sequences.
             h_BTD = constrain(self.attention_norm(x_BTD), ("batch", "sequence", None))
-            y_BTD, cache = self.attention(h_BTD, **attention)
+            y_BTD, cache = self.attention(h_BTD, tokens=tokens, **attention)
             x_BTD = add(x_BTD, y_BTD, 0)
         with jax.named_scope("mlp"):
             h_BTD = constrain(self.mlp_norm(x_BTD), ("batch", "sequence", None))
-            x_BTD = add(x_BTD, self.mlp(h_BTD), 1)
-        return x_BTD, cache
+            if isinstance(self.mlp, MoE):
+                y_BTD, routing = self.mlp(h_BTD, is_token_BT=tokens.segment_ids > 0)
+            else:
+                y_BTD, routing = self.mlp(h_BTD), None
+            x_BTD = add(x_BTD, y_BTD, 1)
+        return x_BTD, (cache, routing)
 
 
 class Transformer(nnx.Module):
-    """The network of `ModelConfig`."""
+    """The network of `ModelConfig`, with experts as `MoEConfig` says."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         """Makes all parameters; those of the blocks are stacked along a first dim `layers`."""
         self.config = config
         dtype, scale = config.param_dtype, config.init_scale
@@ -89,7 +119,7 @@ class Transformer(nnx.Module):
             if config.positions == "learned"
             else None
         )
-        self.blocks = _stack(config, key=rngs.params())
+        self.blocks = _stack(config, moe, key=rngs.params())
         self.final_norm = NORMS[config.norm](
             config.embed_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
         )
@@ -115,6 +145,17 @@ class Transformer(nnx.Module):
         dropout: DropoutKeys | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        """`run`, without the routing."""
+        return self.run(ids_BT, tokens=tokens, dropout=dropout, cache=cache)[:2]
+
+    def run(
+        self,
+        ids_BT: jax.Array,
+        *,
+        tokens: Tokens,
+        dropout: DropoutKeys | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
         """Runs the network up to its last norm.
 
         Args:
@@ -124,11 +165,13 @@ class Transformer(nnx.Module):
             cache: earlier tokens; the new ones are added to it.
 
         Returns:
-            Hidden states [B, T, D] in the compute dtype, and the cache (None without one).
+            The output.
         """
         x_BTD = self.embed(ids_BT, tokens=tokens, dropout=dropout)
-        x_BTD, cache, _ = self.run_blocks(x_BTD, tokens=tokens, dropout=dropout, cache=cache)
-        return self.finish(x_BTD), cache
+        x_BTD, cache, routing, _ = self.run_blocks(
+            x_BTD, tokens=tokens, dropout=dropout, cache=cache
+        )
+        return Output(self.finish(x_BTD), cache, routing)
 
     def embed(self, ids_BT: jax.Array, *, tokens: Tokens, dropout: DropoutKeys | None) -> jax.Array:
         """What enters the first block, [B, T, D] in the compute dtype."""
@@ -156,7 +199,7 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         layers: Layers | None = None,
         taps: dict[str, jax.Array] | None = None,
-    ) -> tuple[jax.Array, Cache | None, Operands | None]:
+    ) -> tuple[jax.Array, Cache | None, RoutingStats | None, Operands | None]:
         """Runs the blocks one after another.
 
         Args:
@@ -169,8 +212,8 @@ class Transformer(nnx.Module):
                 by their paths in a block, stacked; those not named tell their outputs.
 
         Returns:
-            What leaves the last; the cache (None without one); of what the kernels' gradients are
-            made, stacked (None without taps).
+            What leaves the last; the cache (None without one); the routing (None in a dense model);
+            of what the kernels' gradients are made, stacked (None without taps).
         """
         config = self.config
         graphdef, stacked = nnx.split(self.blocks)
@@ -199,24 +242,24 @@ class Transformer(nnx.Module):
             block = nnx.merge(graphdef, params)
             tape = None if taps is None else Tape(block, taps)
             with recording(tape):
-                y, cache = block(x, dropout=keys, cache=cache, **attention)
+                y, (cache, routing) = block(x, dropout=keys, cache=cache, **attention)
             y = y if which.exists is None else jnp.where(which.exists, y, x)
-            return y, (cache, tape and tape.operands)
+            return y, (cache, routing, tape and tape.operands)
 
         policy = keep_all_but_gathered() if config.remat == "none" else REMAT_POLICIES[config.remat]
         if policy is not None:
             # prevent_cse is not needed inside a scan and costs barriers.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         with jax.named_scope("blocks"):
-            x_BTD, (caches, operands) = jax.lax.scan(
+            x_BTD, (caches, routing, operands) = jax.lax.scan(
                 layer,
                 x_BTD,
                 (layers, stacked, None if cache is None else cache.layers, taps),
                 unroll=min(config.scan_unroll, len(layers.indices)),
             )
         if cache is None or caches is None:
-            return x_BTD, None, operands
-        return x_BTD, Cache(caches, seen, cache.end + x_BTD.shape[1]), operands
+            return x_BTD, None, routing, operands
+        return x_BTD, Cache(caches, seen, cache.end + x_BTD.shape[1]), routing, operands
 
     def head_kernel(self) -> jax.Array:
         """The output head [D, V] in the compute dtype, gathered over the batch's mesh axes."""
@@ -226,8 +269,17 @@ class Transformer(nnx.Module):
         return _ready(self.head, "head", dtype).kernel[...]
 
     def empty_cache(self, *, batch_size: int, length: int) -> Cache:
-        """A cache for `length` tokens of `batch_size` sequences."""
+        """A cache for `length` tokens of `batch_size` sequences.
+
+        Raises:
+            ConfigError: learned positions do not reach that far.
+        """
         config = self.config
+        if self.positions is not None and length > config.max_positions:
+            raise ConfigError(
+                f"sample.max_new_tokens: with the longest prompt they make {length} tokens, but "
+                f"model.max_positions is {config.max_positions}; ask for fewer"
+            )
         shape = (batch_size, length, config.resolved_kv_heads, config.resolved_head_dim)
         zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.compute_dtype))
         zeros = constrain(zeros, ("layers", "batch", "sequence", "kv_heads", None))
@@ -235,13 +287,13 @@ class Transformer(nnx.Module):
         return Cache(LayerCache(zeros, zeros), Tokens(nothing, nothing), jnp.int32(0))
 
 
-def _stack(config: ModelConfig, *, key: jax.Array) -> Block:
+def _stack(config: ModelConfig, moe: MoEConfig, *, key: jax.Array) -> Block:
     """A Block whose parameters carry all layers along a first dim."""
 
     def one(layer_key: jax.Array) -> nnx.State:
-        return nnx.split(Block(config, rngs=nnx.Rngs(params=layer_key)))[1]
+        return nnx.split(Block(config, moe, rngs=nnx.Rngs(params=layer_key)))[1]
 
-    graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, moe, rngs=nnx.Rngs(params=0))))[0]
     stacked = jax.vmap(one)(jax.random.split(key, config.num_layers))
     stacked = jax.tree.map(
         lambda p: p.replace(axes=("layers", *p.axes)),

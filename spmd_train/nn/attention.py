@@ -15,24 +15,15 @@ from spmd_train.nn.embeddings import apply_rope
 from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import Projection
+from spmd_train.parallel.blockwise import Tokens, visible
+from spmd_train.parallel.context import attend_split
 from spmd_train.parallel.rules import constrain, current_platform
+from spmd_train.parallel.sequence import split_axes
 
 QUERY_BLOCK = {"cpu": 128, "gpu": 512, "tpu": 512}
 """Queries whose scores are computed at one time, by platform: less work is done for masked keys."""
 KEPT_SCORES = 1024
 """Longer sequences make the scores again in the backward pass: memory linear in the length."""
-
-
-class Tokens(NamedTuple):
-    """Which tokens may see which: same segment (0 is padding), and not a later position.
-
-    Attributes:
-        segment_ids: int32 [B, T], 0 where there is no token.
-        positions: int32 [B, T], counted within the segment.
-    """
-
-    segment_ids: jax.Array
-    positions: jax.Array
 
 
 def attend(
@@ -44,8 +35,11 @@ def attend(
     keys: Tokens,
     in_order: bool,
     softcap: float = 0.0,
+    window: int = 0,
 ) -> jax.Array:
     """Causal grouped-query attention within segments; scores and softmax in float32.
+
+    Where the layout splits sequences over devices, so is this (`parallel.context`).
 
     Args:
         q_BTHK: queries [B, T, H, K].
@@ -53,30 +47,35 @@ def attend(
         v_BSGK: values, as the keys.
         queries: segments and positions of the queries.
         keys: segments and positions of the keys.
-        in_order: queries and keys are the same tokens in order, so that no key to the right of a
-            query can be visible, and is not computed.
+        in_order: queries and keys are the same tokens in order (or placed on the devices as the
+            layout says), and positions count up by one within a segment: so that no key to the
+            right of a query, nor left of its window, can be visible, and is not computed.
         softcap: scores become `softcap * tanh(scores / softcap)`; 0: off.
+        window: a key is visible if it is less than so many positions before; 0: off.
 
     Returns:
         [B, T, H, K] in the dtype of `q_BTHK`.
     """
     chex.assert_equal_shape([k_BSGK, v_BSGK])
+    if in_order and split_axes():
+        return attend_split(q_BTHK, k_BSGK, v_BSGK, tokens=queries, softcap=softcap, window=window)
     length = q_BTHK.shape[1]
     size = QUERY_BLOCK[current_platform()]
     if not in_order or length <= size or length % size:
-        return _attend_block(q_BTHK, k_BSGK, v_BSGK, queries, keys, softcap)
+        return _attend_block(q_BTHK, k_BSGK, v_BSGK, queries, keys, softcap, window)
 
     # One block of queries after another against the keys so far: half the work.
     block = _attend_block
     if length > KEPT_SCORES:
-        block = jax.checkpoint(_attend_block, static_argnums=(5,))
+        block = jax.checkpoint(_attend_block, static_argnums=(5, 6))
     outputs = []
     for start in range(0, length, size):
         end = start + size
+        first = max(0, start + 1 - window) // size * size if window else 0
         rows = Tokens(*(x[:, start:end] for x in queries))
-        seen = Tokens(*(x[:, :end] for x in keys))
-        q = q_BTHK[:, start:end]
-        outputs.append(block(q, k_BSGK[:, :end], v_BSGK[:, :end], rows, seen, softcap))
+        seen = Tokens(*(x[:, first:end] for x in keys))
+        q, k, v = q_BTHK[:, start:end], k_BSGK[:, first:end], v_BSGK[:, first:end]
+        outputs.append(block(q, k, v, rows, seen, softcap, window))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -87,6 +86,7 @@ def _attend_block(
     queries: Tokens,
     keys: Tokens,
     softcap: float,
+    window: int,
 ) -> jax.Array:
     b, t, h, k = q_BTHK.shape
     g, r = k_BSGK.shape[2], h // k_BSGK.shape[2]
@@ -98,9 +98,7 @@ def _attend_block(
     scores = jnp.einsum("bgxk,bgsk->bgxs", q_BGXK, k_BGSK, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    visible_BTS = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (
-        queries.positions[:, :, None] >= keys.positions[:, None, :]
-    )
+    visible_BTS = visible(queries, keys, window=window)
     scores_BGRTS = scores.reshape(b, g, r, t, -1)
     scores_BGRTS = jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
     weights_BGXS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype).reshape(scores.shape)
@@ -125,7 +123,7 @@ class Attention(nnx.Module):
         kv_axes = ("embed", "kv_heads", "head_dim")
         common = {"dtype": config.param_dtype, "rngs": rngs}
         inner = {"use_bias": config.attention_bias, "init": normal(config.init_scale), **common}
-        self.softcap = config.attention_softcap
+        self.scoring = {"softcap": config.attention_softcap, "window": config.sliding_window}
         self.query = Projection(d, h, ("embed", "heads", "head_dim"), **inner)
         self.key = Projection(d, g, kv_axes, **inner)
         self.value = Projection(d, g, kv_axes, **inner)
@@ -172,7 +170,7 @@ class Attention(nnx.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is None:
-            out = attend(q, k, v, queries=tokens, keys=tokens, in_order=True, softcap=self.softcap)
+            out = attend(q, k, v, queries=tokens, keys=tokens, in_order=True, **self.scoring)
         else:
             assert cached is not None
             start = (0, cache_index, 0, 0)
@@ -180,7 +178,5 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start),
                 jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start),
             )
-            out = attend(
-                q, *cache, queries=tokens, keys=cached, in_order=False, softcap=self.softcap
-            )
+            out = attend(q, *cache, queries=tokens, keys=cached, in_order=False, **self.scoring)
         return self.out(constrain(out, ("batch", "sequence", "heads", None))), cache

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from spmd_train.parallel.rules import constrain
+from spmd_train.parallel.sequence import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class DropoutKeys:
         """Zeroes values at `rate` and scales the others by 1 / (1 - rate)."""
         shape = x_BTD.shape[1:]
         keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, shape))(self.keys_B)
+        keep = place(keep, ("batch", "sequence", None))  # The mask is the token's, wherever it is.
         keep = constrain(keep, ("batch", "residual_sequence", None))
         return jnp.where(keep, x_BTD / (1 - self.rate), 0).astype(x_BTD.dtype)
 

@@ -14,9 +14,18 @@ from spmd_train.parallel.rules import constrain
 class MLP(nnx.Module):
     """SwiGLU (Shazeer, arXiv:2002.05202) or GELU in the tanh form (GPT-2)."""
 
-    def __init__(self, config: ModelConfig, *, out_scale: float, rngs: nnx.Rngs) -> None:
-        """Makes the projections; `out_scale` initializes the one that writes the residual."""
-        d, f, axes = (config.embed_dim,), (config.mlp_dim,), ("embed", "mlp")
+    def __init__(
+        self, config: ModelConfig, *, out_scale: float, rngs: nnx.Rngs, width: int | None = None
+    ) -> None:
+        """Makes the projections.
+
+        Args:
+            config: the model's.
+            out_scale: initializes the projection that writes the residual.
+            rngs: of the initial values.
+            width: hidden; None: `config.mlp_dim`.
+        """
+        d, f, axes = (config.embed_dim,), (width or config.mlp_dim,), ("embed", "mlp")
         common = {"use_bias": config.mlp_bias, "dtype": config.param_dtype, "rngs": rngs}
         self.gate = (
             Projection(d, f, axes, init=normal(config.init_scale), **common)

@@ -13,6 +13,10 @@ from spmd_train.parallel.rules import LogicalAxes
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
 
+class ModelState(nnx.Variable):
+    """What a step changes by a rule of its own, not by a gradient; `axes` as a parameter's."""
+
+
 def param(
     rngs: nnx.Rngs, shape: Sequence[int], axes: LogicalAxes, *, init: Initializer, dtype: str
 ) -> nnx.Param:

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.nn.params import Initializer, param, zeros
 from spmd_train.parallel.rules import LogicalAxes, current_platform, vary
+from spmd_train.parallel.sequence import split_axes
 
 SAVED_NAME = "projection"
 """The name under which a remat policy can keep a projection's output."""
@@ -36,7 +37,8 @@ def project(x: jax.Array, kernel: jax.Array, *, num_contracted: int = 1) -> jax.
     Returns:
         [..., *out], in the dtype of `x`.
     """
-    if current_platform() == "cpu":
+    # Tokens of split sequences cannot be one dim without gathering them.
+    if current_platform() == "cpu" and not split_axes():
         y = _project_cpu(x, kernel, num_contracted)
     else:
         y = _dot(x, kernel, num_contracted)
@@ -70,6 +72,20 @@ def _project_cpu_bwd(n: int, saved: tuple[jax.Array, jax.Array], g: jax.Array):
 
 
 _project_cpu.defvjp(_project_cpu_fwd, _project_cpu_bwd)
+
+
+def grouped_project(x_RD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Each group of rows times the kernel of its expert; called with one device's rows at a time.
+
+    Args:
+        x_RD: rows, those of the first expert first, then those of the second, ...
+        kernel_EDF: same dtype; accumulates in float32 on every platform.
+        sizes_E: int32, how many rows each expert has. Rows beyond their sum are no one's.
+
+    Returns:
+        [R, F], in the dtype of `x_RD`; what is in no one's rows is not defined.
+    """
+    return checkpoint_name(jax.lax.ragged_dot(x_RD, kernel_EDF, sizes_E), SAVED_NAME)
 
 
 class Projection(nnx.Module):

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from spmd_train.config import ModelConfig, ObserveConfig
+from spmd_train.config import ModelConfig, MoEConfig, ObserveConfig
 from spmd_train.parallel.chips import chip_of
 
 
-def matmul_parameters(config: ModelConfig) -> int:
+def matmul_parameters(
+    config: ModelConfig,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+) -> int:
     """Weights that a token is multiplied by: all kernels and the head, tied or not.
 
-    Not counted: the embedding and position tables (looked up), norm scales, biases.
+    Of the experts, those that a token takes: `top_k` and the shared ones; and the router. Not
+    counted: the embedding and position tables (looked up), norm scales, biases.
     """
     head_dim = config.head_dim or config.embed_dim // config.num_heads
     num_kv_heads = config.num_kv_heads or config.num_heads
     attention = 2 * config.embed_dim * head_dim * (config.num_heads + num_kv_heads)
-    mlp = {"swiglu": 3, "gelu": 2}[config.mlp] * config.embed_dim * config.mlp_dim
+    width, router = config.mlp_dim, 0
+    if moe.num_experts:
+        width = moe.top_k * moe.expert_width(config) + moe.shared_width(config)
+        router = config.embed_dim * moe.num_experts
+    mlp = {"swiglu": 3, "gelu": 2}[config.mlp] * config.embed_dim * width + router
     return config.num_layers * (attention + mlp) + config.embed_dim * config.vocab_size
 
 
-def model_flops_per_token(config: ModelConfig, *, sequence_length: int) -> float:
-    """FLOPs that training a dense decoder on one token takes, forward and backward.
+def model_flops_per_token(
+    config: ModelConfig,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+    *,
+    sequence_length: int,
+) -> float:
+    """FLOPs that training a decoder on one token takes, forward and backward.
 
-    `6 N + 6 L H Q T` with N matmul parameters, L layers, H query heads, Q head_dim, T tokens. That
-    is PaLM's count (Chowdhery et al., arXiv:2204.02311, appendix B: `6 N + 12 L H Q T`) with the
-    attention term **halved**, because a causal token attends to (T + 1) / 2 positions on average:
-    work that a kernel may skip is not credited. Recomputation (remat) is not counted, nor are
-    embedding lookups, norms and softmax. Document boundaries in packed sequences are ignored.
+    `6 N + 6 L H Q T` with N matmul parameters (of experts, those that a token takes), L layers, H
+    query heads, Q head_dim, T tokens. That is PaLM's count (Chowdhery et al., arXiv:2204.02311,
+    appendix B: `6 N + 12 L H Q T`) with the attention term **halved**, because a causal token
+    attends to (T + 1) / 2 positions on average: work that a kernel may skip is not credited.
+    Recomputation (remat) is not counted, nor are embedding lookups, norms and softmax. Document
+    boundaries in packed sequences are ignored.
 
     Args:
         config: the model's.
+        moe: its experts.
         sequence_length: tokens in a sequence.
 
     Returns:
@@ -36,7 +51,7 @@ def model_flops_per_token(config: ModelConfig, *, sequence_length: int) -> float
     """
     head_dim = config.head_dim or config.embed_dim // config.num_heads
     attention = 6 * config.num_layers * config.num_heads * head_dim * sequence_length
-    return float(6 * matmul_parameters(config) + attention)
+    return float(6 * matmul_parameters(config, moe) + attention)
 
 
 def device_peak_flops(config: ObserveConfig, *, device_kind: str, dtype: str) -> float | None:

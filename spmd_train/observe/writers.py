@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import pathlib
 import uuid
@@ -14,6 +15,8 @@ from tensorboardX import SummaryWriter
 
 from spmd_train.config import ConfigError, ObserveConfig
 from spmd_train.observe.jsonl import JsonlWriter
+
+_log = logging.getLogger(__name__)
 
 
 class MetricWriter(Protocol):
@@ -121,9 +124,12 @@ class Writers:
         self._writers = tuple(writers)
 
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Writes to each."""
+        """Writes to each; where that fails (a full disk) it warns, and training goes on."""
         for writer in self._writers:
-            writer.write(step, split, values)
+            try:
+                writer.write(step, split, values)
+            except OSError as error:
+                _log.warning("the metrics of step %d could not be written: %s", step, error)
 
     def close(self) -> None:
         """Closes all of them, even if one fails."""

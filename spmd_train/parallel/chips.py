@@ -18,6 +18,7 @@ _A100 = (
     "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
 )
 _HOPPER = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
+_DGX = "https://docs.nvidia.com/dgx/dgx{0}-user-guide/introduction-to-dgx{0}.html"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,12 @@ class Chip:
         hbm_bytes: nominal memory; the runtime keeps some of it for itself.
         hbm_bandwidth: bytes/s.
         source: where the numbers are from.
+        ici_bandwidth: bytes/s that a device can send over ICI or NVLink, all its links together;
+            half of what makers print as bidirectional. None: it has none, or it is not known.
+        ici_links: links to neighbours that this is spread over, two to a torus dim; 0: a switch,
+            any peer at the whole rate.
+        dcn_bandwidth: bytes/s that a device can send out of its slice or node; None: not known.
+        network_source: where the network's numbers are from.
     """
 
     device_kinds: tuple[str, ...]
@@ -40,10 +47,23 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float
     source: str
+    ici_bandwidth: float | None = None
+    ici_links: int = 0
+    dcn_bandwidth: float | None = None
+    network_source: str = ""
 
 
 def _tpu(
-    device_kinds: tuple[str, ...], bfloat16: float, gib: int, bandwidth: float, source: str
+    device_kinds: tuple[str, ...],
+    bfloat16: float,
+    gib: int,
+    bandwidth: float,
+    source: str,
+    *,
+    ici: float,
+    links: int,
+    dcn: float | None,
+    network_source: str = "",
 ) -> Chip:
     return Chip(
         device_kinds=device_kinds,
@@ -51,6 +71,10 @@ def _tpu(
         hbm_bytes=gib * _GIB,
         hbm_bandwidth=bandwidth,
         source=_TPU + source,
+        ici_bandwidth=ici,
+        ici_links=links,
+        dcn_bandwidth=dcn,
+        network_source=network_source or _TPU + source,
     )
 
 
@@ -61,6 +85,9 @@ def _gpu(
     gigabytes: int,
     bandwidth: float,
     source: str,
+    nvlink: float | None = None,
+    dcn: float | None = None,
+    network_source: str = "",
 ) -> Chip:
     # Data sheets since Ampere print rates with 2:4 sparsity; a dense matmul has half of them.
     return Chip(
@@ -69,16 +96,41 @@ def _gpu(
         hbm_bytes=gigabytes * 10**9,
         hbm_bandwidth=bandwidth,
         source=source,
+        ici_bandwidth=nvlink,
+        dcn_bandwidth=dcn,
+        network_source=network_source,
     )
 
 
+# NVLink 3, 4 and 5; a 200 or 400 Gb/s network card to each GPU of a DGX.
+_DGX_A100 = (300e9, 25e9, _DGX.format("a100"))
+_DGX_H100 = (450e9, 50e9, _DGX.format("h100"))
+_DGX_B200 = (900e9, 50e9, _DGX.format("b200"))
+
 CHIPS: dict[str, Chip] = {
-    "v4": _tpu(("TPU v4",), 275e12, 32, 1200e9, "v4"),
-    "v5e": _tpu(("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, "v5e"),
-    "v5p": _tpu(("TPU v5p", "TPU v5"), 459e12, 95, 2765e9, "v5p"),
-    "v6e": _tpu(("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, "v6e"),
-    # A chip has 2307 TFLOP/s, 192 GiB and 7380 GB/s; JAX shows each of its two halves as a device.
-    "v7x": _tpu(("TPU7x",), 1153.5e12, 96, 3690e9, "tpu7x"),
+    # Six links of 50 GB/s. Of v4's and TPU7x's way out of a slice no page tells.
+    "v4": _tpu(
+        ("TPU v4",),
+        275e12,
+        32,
+        1200e9,
+        "v4",
+        ici=300e9,
+        links=6,
+        dcn=None,
+        network_source="https://arxiv.org/abs/2304.01433",
+    ),
+    # A pod of 256 has 6.4 (v5e) or 25.6 Tb/s (v6e) to the data centre.
+    "v5e": _tpu(
+        ("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, "v5e", ici=200e9, links=4, dcn=3.125e9
+    ),
+    "v5p": _tpu(("TPU v5p", "TPU v5"), 459e12, 95, 2765e9, "v5p", ici=600e9, links=6, dcn=6.25e9),
+    "v6e": _tpu(
+        ("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, "v6e", ici=400e9, links=4, dcn=12.5e9
+    ),
+    # A chip has 2307 TFLOP/s, 192 GiB, 7380 GB/s and 600 GB/s of ICI each way; JAX shows each of
+    # its two halves as a device.
+    "v7x": _tpu(("TPU7x",), 1153.5e12, 96, 3690e9, "tpu7x", ici=300e9, links=6, dcn=None),
     "t4": Chip(
         # No bfloat16 and no TF32 in Turing's tensor cores.
         device_kinds=("Tesla T4", "NVIDIA T4"),
@@ -95,15 +147,16 @@ CHIPS: dict[str, Chip] = {
         40,
         1555e9,
         _AMPERE,
+        *_DGX_A100,
     ),
     "a100-80gb": _gpu(
-        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312e12, 156e12, 80, 2039e9, _A100
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312e12, 156e12, 80, 2039e9, _A100, *_DGX_A100
     ),
     "a100-pcie-80gb": _gpu(("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80, 1935e9, _A100),
-    "h100": _gpu(("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER),
+    "h100": _gpu(("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER, *_DGX_H100),
     "h100-pcie": _gpu(("NVIDIA H100 PCIe",), 756e12, 378e12, 80, 2000e9, _HOPPER),
-    "h200": _gpu(("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/"),
-    "b200": _gpu(("NVIDIA B200",), 2250e12, 1125e12, 180, 8000e9, _NVIDIA + "hgx/"),
+    "h200": _gpu(("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/", *_DGX_H100),
+    "b200": _gpu(("NVIDIA B200",), 2250e12, 1125e12, 180, 8000e9, _NVIDIA + "hgx/", *_DGX_B200),
 }
 """Short name, as in a target like `v5e:16x16` or `h100:4x8`, to chip. CPUs have no entry."""
 

@@ -6,6 +6,7 @@ once, and they can stand inside another `shard_map` (whose automatic derivative 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from spmd_train.parallel.rules import (
     LogicalAxes,
     axes_of,
     current_layout,
+    current_platform,
     dims_of,
     manual_axes,
     to_spec,
@@ -28,7 +30,7 @@ from spmd_train.parallel.rules import (
 Tree = Any
 
 
-def _by_hand(
+def by_hand_over(
     f: Callable[..., Any], layout: Layout, axes: Collection[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """`f` on each device's shards over `axes`; the other axes stay with XLA."""
@@ -39,14 +41,52 @@ def _by_hand(
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
 
 
-def _zeros(shape: Sequence[int], dtype: Any, *, varying_like: Sequence[jax.Array]) -> jax.Array:
+def opaque(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` as one step that automatic differentiation takes or leaves whole.
+
+    For the parts of a custom derivative rule. A scan over layers, and `jax.checkpoint`, otherwise
+    look into them and keep what is known early: attention's masks of all tiles at once; and cutting
+    a nested `shard_map` in two they make one that does not lower. (`custom_vmap` is what JAX has
+    that is opaque; nothing here is batched.)
+    """
+    return jax.custom_batching.sequential_vmap(f)
+
+
+def psum(tree: Tree, axes: Sequence[str]) -> Tree:
+    """`jax.lax.psum`, on CPU in float32 at least.
+
+    XLA's CPU compiler aborts over a bfloat16 sum in a `shard_map` that leaves axes to XLA.
+    """
+
+    return jax.tree.map(_in_float32(lambda x: jax.lax.psum(x, tuple(axes))), tree)
+
+
+def _psum_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    add = functools.partial(
+        jax.lax.psum_scatter, axis_name=tuple(axes), scatter_dimension=dim, tiled=True
+    )
+    return _in_float32(add)(x)
+
+
+def _in_float32(add: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def run(x: jax.Array) -> jax.Array:
+        if current_platform() == "cpu" and x.dtype == jnp.bfloat16:
+            return add(x.astype(jnp.float32)).astype(x.dtype)
+        return add(x)
+
+    return run
+
+
+def varying_zeros(
+    shape: Sequence[int], dtype: Any, *, varying_like: Sequence[jax.Array]
+) -> jax.Array:
     """Zeros to accumulate in: they vary over the manual axes that what is added varies over."""
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in varying_like))
     zeros = jnp.zeros(shape, dtype)
     return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
-def _add_up(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.Array:
+def add_up_parts(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.Array:
     """The sum of the parts that devices have of a parameter's gradient: ZeRO's reduce-scatter.
 
     Args:
@@ -70,13 +110,13 @@ def _add_up(partial: jax.Array, axes: Sequence[str], names: LogicalAxes) -> jax.
         x = x[0]
         for dim, over in enumerate(scattered):
             if over:
-                x = jax.lax.psum_scatter(x, over, scatter_dimension=dim, tiled=True)
-        return jax.lax.psum(x, copies) if copies else x
+                x = _psum_scatter(x, over, dim)
+        return psum(x, copies) if copies else x
 
     # By hand over the axes that stay, too: XLA would gather them for a reduce-scatter.
     by_hand = {*axes, *axes_of(spec)}
     summed = to_spec([k + s for k, s in zip(kept, scattered, strict=True)])
-    return _by_hand(add, layout, by_hand, to_spec([tuple(axes), *kept]), summed)(partial)
+    return by_hand_over(add, layout, by_hand, to_spec([tuple(axes), *kept]), summed)(partial)
 
 
 def take_rows(
@@ -118,19 +158,19 @@ def take_rows(
             return jnp.take(table, ids, axis=0)
         ids, here = own(ids, table.shape[0])
         found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
-        return jax.lax.psum(jnp.where(here[..., None], found, 0), row_axes)
+        return psum(jnp.where(here[..., None], found, 0), row_axes)
 
     def own_gradient(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
         ids, here = own(ids, table.shape[0])
         # Rows of other devices are dropped: they are out of bounds.
         ids = jnp.where(here, ids, table.shape[0])
-        zeros = _zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
+        zeros = varying_zeros(table.shape, jnp.float32, varying_like=(ids, g, table))
         total = zeros.at[ids].add(g.astype(jnp.float32), mode="drop")
         return total.astype(table.dtype)[None]
 
     @jax.custom_vjp
     def take(table: jax.Array, ids: jax.Array) -> jax.Array:
-        return _by_hand(look_up, layout, by_hand, (table_spec, ids_spec), ids_spec)(table, ids)
+        return by_hand_over(look_up, layout, by_hand, (table_spec, ids_spec), ids_spec)(table, ids)
 
     def forward(table: jax.Array, ids: jax.Array):
         return take(table, ids), (table, ids)
@@ -139,8 +179,8 @@ def take_rows(
         table, ids = saved
         specs = (ids_spec, ids_spec, table_spec)
         parts = to_spec([token_axes, row_axes])
-        partial = _by_hand(own_gradient, layout, by_hand, specs, parts)(ids, g, table)
-        return _add_up(partial, token_axes, axes), np.zeros(ids.shape, jax.dtypes.float0)
+        partial = by_hand_over(own_gradient, layout, by_hand, specs, parts)(ids, g, table)
+        return add_up_parts(partial, token_axes, axes), np.zeros(ids.shape, jax.dtypes.float0)
 
     take.defvjp(forward, backward)
     return take(table_RD, ids)
@@ -179,10 +219,10 @@ def sum_over_tokens(
     axes = tuple(a for a in MESH_AXES if a in axes_of(spec))
 
     def by_hand(g: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return g if layout is None else _by_hand(g, layout, axes, in_specs, out_specs)
+        return g if layout is None else by_hand_over(g, layout, axes, in_specs, out_specs)
 
     def total(x: Tree) -> Tree:
-        return jax.lax.psum(x, axes) if axes else x
+        return psum(x, axes) if axes else x
 
     def varying(x: Tree) -> Tree:
         return jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), x) if axes else x
@@ -201,7 +241,7 @@ def sum_over_tokens(
             return jax.tree.map(jnp.add, sums, f(part[0], kernel, *part[1:])), None
 
         zeros = jax.tree.map(
-            lambda s: _zeros(s.shape, s.dtype, varying_like=(hidden, kernel)), shapes
+            lambda s: varying_zeros(s.shape, s.dtype, varying_like=(hidden, kernel)), shapes
         )
         return total(jax.lax.scan(add, zeros, parts)[0])
 
@@ -214,7 +254,7 @@ def sum_over_tokens(
             hidden_grad, more = pull(g)
             return kernel_grad + more.astype(jnp.float32), hidden_grad
 
-        zeros = _zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
+        zeros = varying_zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
         kernel_grad, hidden_grads = jax.lax.scan(add, zeros, parts)
         hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)
         return hidden_grad, kernel_grad.astype(kernel.dtype)[None]
@@ -230,14 +270,15 @@ def sum_over_tokens(
     def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
         specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
         hidden_grad, partial = by_hand(gradients_of, specs, (spec, to_spec([axes])))(g, *saved)
-        kernel_grad = _add_up(partial, axes, kernel_axes)
-        return hidden_grad, kernel_grad, *(_no_gradient(x) for x in saved[2:])
+        kernel_grad = add_up_parts(partial, axes, kernel_axes)
+        return hidden_grad, kernel_grad, *(no_gradient(x) for x in saved[2:])
 
     summed.defvjp(forward, backward)
     return summed(hidden_BTD, kernel, *labels_BT)
 
 
-def _no_gradient(x: jax.Array) -> Any:
+def no_gradient(x: jax.Array) -> Any:
+    """The cotangent of an array that is not differentiated."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,15 @@ def dcn_sizes(config: MeshConfig) -> dict[str, int]:
     return {axis: getattr(config.dcn, axis) for axis in MESH_AXES}
 
 
+def slices_of(devices: Iterable[Any]) -> list[int]:
+    """For each device its slice or node: between two of them lies the slow network."""
+    devices = list(devices)
+    slices = [int(getattr(device, "slice_index", 0) or 0) for device in devices]
+    if len(set(slices)) > 1 or devices[0].platform == "tpu":
+        return slices
+    return [int(device.process_index) for device in devices]
+
+
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays the devices out as a mesh of all seven axes.
 
@@ -74,7 +83,9 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     sizes = tuple(mesh_sizes(config, num_devices=len(devices)).values())
     between = tuple(dcn_sizes(config).values())
     if math.prod(between) > 1:
-        sliced = getattr(devices[0], "slice_index", None) is not None
+        sliced = len({getattr(d, "slice_index", 0) for d in devices}) > 1 or (
+            devices[0].platform == "tpu"
+        )
         try:
             grid = mesh_utils.create_hybrid_device_mesh(
                 sizes,

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd_train.config import MESH_AXES, ConfigError, ShardingConfig
+from spmd_train.config import MESH_AXES, ConfigError, ContextConfig, ShardingConfig
 
 DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     # Activations.
@@ -41,6 +42,9 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
 }
 
 LogicalAxes = tuple[str | None, ...]
+
+KEPT_IN_FULL = re.compile(r"(^|/)router/")
+"""Matrices that compute in their own dtype: which expert a token takes is decided in float32."""
 
 
 def mesh_axes_of(text: Any, *, where: str) -> tuple[str, ...]:
@@ -100,11 +104,15 @@ def axes_of(spec: P) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What modules' logical axes mean now: a mesh, a rule table, and the planned specs."""
+    """What modules' logical axes mean now: a mesh, a rule table, the planned specs.
+
+    Sequences split over mesh axes are attended to and placed as `context` says.
+    """
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
     param_specs: Mapping[str, P] = dataclasses.field(default_factory=dict)
+    context: ContextConfig = dataclasses.field(default_factory=ContextConfig)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of a logical axis that are larger than 1 on this mesh."""
@@ -241,9 +249,9 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = False) -> nnx.State:
     """Makes parameters ready to compute with: cast, then gathered over the batch's mesh axes.
 
-    Matrices are cast to `dtype` first, so that half the bytes travel; vectors (norm scales) keep
-    theirs. Shards along tensor and expert axes stay where they are. The gradient takes the way
-    back: one reduce-scatter (or all-reduce) per leaf.
+    Matrices are cast to `dtype` first, so that half the bytes travel; vectors (norm scales) and
+    routers keep theirs. Shards along tensor and expert axes stay where they are. The gradient
+    takes the way back: one reduce-scatter (or all-reduce) per leaf.
 
     Args:
         params: parameters below `path`, or one layer's slice of them.
@@ -257,10 +265,11 @@ def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = F
     layout = _layout.get()
 
     def one(key_path: Any, variable: jax.Array) -> jax.Array:
-        w = variable.astype(dtype) if variable.ndim >= 2 else variable
+        leaf = path + "/" + leaf_path(key_path)
+        is_cast = variable.ndim >= 2 and not KEPT_IN_FULL.search(leaf)
+        w = variable.astype(dtype) if is_cast else variable
         if layout is None or layout.mesh.size == 1:
             return w
-        leaf = path + "/" + leaf_path(key_path)
         planned = dims_of(layout.param_specs[leaf], ndim=w.ndim + stacked)[stacked:]
         manual = set(manual_axes())
         whole = [tuple(a for a in dim if a not in layout.gathered | manual) for dim in planned]

@@ -1,10 +1,18 @@
 """What is learnt: a model, what a batch holds, the loss and the metrics, as sums."""
 
 from spmd_train.config import ExperimentConfig
-from spmd_train.tasks.base import Batch, LayeredTask, LossOutput, Task
+from spmd_train.tasks.base import Batch, LayeredTask, LossOutput, ModelState, Task
 from spmd_train.tasks.language_model import LanguageModel
 
-__all__ = ["Batch", "LanguageModel", "LayeredTask", "LossOutput", "Task", "make_task"]
+__all__ = [
+    "Batch",
+    "LanguageModel",
+    "LayeredTask",
+    "LossOutput",
+    "ModelState",
+    "Task",
+    "make_task",
+]
 
 
 def make_task(config: ExperimentConfig) -> Task:
@@ -12,6 +20,7 @@ def make_task(config: ExperimentConfig) -> Task:
     tasks = {
         "language_model": lambda: LanguageModel(
             model_config=config.model,
+            moe_config=config.moe,
             loss_config=config.loss,
             sequence_length=config.data.sequence_length,
         )

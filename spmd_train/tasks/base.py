@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -13,6 +13,8 @@ from spmd_train.parallel.rules import LogicalAxes
 from spmd_train.parallel.stages import Layers
 
 Batch = Mapping[str, jax.Array]
+ModelState = dict[str, Any]
+"""Nested dicts of arrays that are no parameters: names as in the module. Empty for most models."""
 
 
 class LossOutput(NamedTuple):
@@ -21,7 +23,9 @@ class LossOutput(NamedTuple):
     Attributes:
         loss_sum: what is minimized, summed over the tokens, float32 scalar.
         weight_sum: how many tokens that is, float32 scalar.
-        metric_sums: other sums over tokens, float32 scalars.
+        metric_sums: other sums over tokens, float32: scalars; with experts also `expert_load`
+            [L, E], how many tokens chose each expert, and `expert_dropped`, how many of these
+            choices found it full.
     """
 
     loss_sum: jax.Array
@@ -46,6 +50,10 @@ class Task(Protocol):
 
     def loss(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> LossOutput:
         """The loss of a batch; `key` is the step's random key, None in evaluation."""
+        ...
+
+    def update_model_state(self, model_state: ModelState, sums: LossOutput) -> ModelState:
+        """The model state after a step, from the sums of the whole global batch."""
         ...
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_train.config import LossConfig, ModelConfig
+from spmd_train.config import LossConfig, ModelConfig, MoEConfig
 from spmd_train.models.transformer import Transformer
 from spmd_train.nn.attention import Tokens
 from spmd_train.nn.dropout import DropoutKeys, dropout_keys
 from spmd_train.nn.loss import cross_entropy_sums
+from spmd_train.nn.moe import update_bias
 from spmd_train.nn.projection import Operands
+from spmd_train.nn.routing import RoutingStats
 from spmd_train.parallel.rules import LogicalAxes
 from spmd_train.parallel.stages import Layers
-from spmd_train.tasks.base import Batch, LossOutput
+from spmd_train.tasks.base import Batch, LossOutput, ModelState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class LanguageModel:
     model_config: ModelConfig
     loss_config: LossConfig
     sequence_length: int
+    moe_config: MoEConfig = MoEConfig()  # noqa: RUF009 - frozen
 
     @property
     def stack(self) -> str:
@@ -57,7 +61,7 @@ class LanguageModel:
 
     def make_model(self, key: jax.Array) -> Transformer:
         """Builds the transformer."""
-        return Transformer(self.model_config, rngs=nnx.Rngs(params=key))
+        return Transformer(self.model_config, self.moe_config, rngs=nnx.Rngs(params=key))
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch."""
@@ -77,10 +81,18 @@ class LanguageModel:
         return {n: ("batch", "sequence")[: len(s.shape)] for n, s in shapes.items()}
 
     def loss(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> LossOutput:
-        """Cross-entropy in nats, plus the z-loss; metrics `cross_entropy` and `accuracy`."""
+        """Cross-entropy in nats, plus the z-loss and those of the router.
+
+        The metrics are `cross_entropy` and `accuracy`; with experts also `load_balancing_loss` and
+        `router_z_loss` (means over layers, unweighted), `expert_load` and `expert_dropped`.
+        """
+        assert isinstance(model, Transformer)
         x_BTD = self.embed(model, batch, key=key)
-        x_BTD, _ = self.run_layers(model, x_BTD, batch, key=key)
-        return self.head(model, x_BTD, batch)
+        x_BTD, _, routing, _ = model.run_blocks(
+            x_BTD, tokens=self._tokens(batch), dropout=self._dropout(batch, key)
+        )
+        output = self.head(model, x_BTD, batch)
+        return output if routing is None else self._with_routing(output, routing, batch)
 
     def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
         """What enters the first block, [B, T, D]."""
@@ -101,7 +113,7 @@ class LanguageModel:
         """What leaves the blocks, [B, T, D], and what `Transformer.run_blocks` says of taps."""
         assert isinstance(model, Transformer)
         tokens, dropout = self._tokens(batch), self._dropout(batch, key)
-        x, _, operands = model.run_blocks(
+        x, _, _, operands = model.run_blocks(
             x, tokens=tokens, dropout=dropout, layers=layers, taps=taps
         )
         return x, operands
@@ -124,6 +136,35 @@ class LanguageModel:
             weight_sum=jnp.sum(batch["weights"]),
             metric_sums={"cross_entropy": sums.cross_entropy, "accuracy": sums.correct},
         )
+
+    def _with_routing(self, output: LossOutput, routing: RoutingStats, batch: Batch) -> LossOutput:
+        """Adds the router's losses, each layer's and each sequence's times the tokens it counts."""
+        moe, weights_B = self.moe_config, jnp.sum(batch["weights"], axis=1)
+        balance, z_squared = (
+            jnp.sum(x_LB * weights_B) for x_LB in (routing.balance, routing.z_squared)
+        )
+        loss_sum = output.loss_sum + moe.router_z_loss * z_squared
+        if moe.balance == "loss":
+            loss_sum += moe.load_balancing_loss * balance
+        num_layers = self.model_config.num_layers
+        metric_sums = {
+            "load_balancing_loss": balance / num_layers,
+            "router_z_loss": z_squared / num_layers,
+            "expert_load": jnp.sum(routing.load, axis=1),
+            "expert_dropped": jnp.sum(routing.dropped),
+        }
+        return LossOutput(loss_sum, output.weight_sum, output.metric_sums | metric_sums)
+
+    def update_model_state(self, model_state: ModelState, sums: LossOutput) -> ModelState:
+        """Moves the experts' biases towards an even load."""
+        if not model_state:
+            return model_state
+        update = functools.partial(
+            update_bias,
+            load=sums.metric_sums["expert_load"],
+            speed=self.moe_config.bias_update_speed,
+        )
+        return jax.tree.map(update, model_state)
 
     def _tokens(self, batch: Batch) -> Tokens:
         return Tokens(batch["segment_ids"], batch["positions"])

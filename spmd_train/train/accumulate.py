@@ -63,7 +63,7 @@ def sum_gradients(
         zeros = jax.tree.map(lambda p, s: jnp.zeros_like(p, jnp.float32), params, shapes[0])
         first = next(iter(parts.values()))
         nothing = jnp.sum(first[:0].astype(jnp.float32))
-        start = zeros, jax.tree.map(lambda s: nothing, shapes[1])
+        start = zeros, jax.tree.map(lambda s: jnp.broadcast_to(nothing, s.shape), shapes[1])
         return jax.lax.scan(add, start, parts)[0]
 
     if num_microbatches == 1:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import jax
+import numpy as np
 
 from spmd_train.tasks import Batch
 from spmd_train.train.program import Metrics, Program
@@ -17,16 +18,49 @@ def means(metrics: Metrics | dict[str, float]) -> dict[str, float]:
 
     Args:
         metrics: `weight_sum`, `loss_sum` and other sums; scalars that are no sums
-            (`grad_norm`, `learning_rate`) pass unchanged.
+            (`grad_norm`, `learning_rate`, `skipped`) pass unchanged. `expert_load` and
+            `expert_dropped` become what `load_metrics` says.
 
     Returns:
         `loss` and the rest, as Python floats. NaN where nothing was weighed.
     """
-    values = {name: float(v) for name, v in metrics.items()}
+    load = metrics.get("expert_load")
+    values = {name: float(v) for name, v in metrics.items() if name != "expert_load"}
+    dropped = values.pop("expert_dropped", 0.0)
     weight = values.pop("weight_sum")
-    plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate") if n in values}
+    plain = {n: values.pop(n) for n in ("grad_norm", "learning_rate", "skipped") if n in values}
     values["loss"] = values.pop("loss_sum")
-    return {n: v / weight if weight else math.nan for n, v in values.items()} | plain
+    of_experts = {} if load is None else load_metrics(np.asarray(load), dropped=dropped)
+    return {n: v / weight if weight else math.nan for n, v in values.items()} | of_experts | plain
+
+
+def load_metrics(load_LE: np.ndarray, *, dropped: float) -> dict[str, float]:
+    """How even the load of experts was.
+
+    Args:
+        load_LE: how many tokens chose each expert of each layer.
+        dropped: how many choices of all layers found their expert full.
+
+    Returns:
+        `expert_load_max` and `expert_load_min`, over the even share, of the layers where they are
+        worst; `expert_load_entropy`, over that of an even load, mean of the layers;
+        `expert_drop_rate`, of all choices. NaN where there was no token.
+    """
+    load_LE = load_LE.astype(np.float64)
+    total = load_LE.sum()
+    if not total:
+        names = ("expert_load_max", "expert_load_min", "expert_load_entropy", "expert_drop_rate")
+        return dict.fromkeys(names, math.nan)
+    share_LE = load_LE / load_LE.sum(axis=1, keepdims=True)
+    log_LE = np.log(np.where(share_LE > 0, share_LE, 1))
+    num_experts = load_LE.shape[1]
+    return {
+        "expert_load_max": float(share_LE.max() * num_experts),
+        "expert_load_min": float(share_LE.min() * num_experts),
+        "expert_load_entropy": float(-(share_LE * log_LE).sum(1).mean())
+        / (math.log(num_experts) or 1.0),
+        "expert_drop_rate": dropped / float(total),
+    }
 
 
 def with_bits_per_byte(values: dict[str, float], *, bytes_per_token: float) -> dict[str, float]:

@@ -174,7 +174,7 @@ def pipeline_rules(
     """
     rules = dict(rules)
     if mesh.shape[AXIS] == 1:
-        return rules
+        return {name: tuple(a for a in axes if a != AXIS) for name, axes in rules.items()}
     stages = _make_stages(task, mesh, config)
     if not stages.in_order and "layers" not in sharding.rules and "embed" not in sharding.rules:
         rules["layers"] = ()

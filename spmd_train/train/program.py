@@ -7,6 +7,7 @@ Nothing else jits a train step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import (
     ConfigError,
+    ContextConfig,
     OptimizerConfig,
     PipelineConfig,
     ShardingConfig,
@@ -26,10 +28,11 @@ from spmd_train.config import (
 from spmd_train.optim import ema_update, make_optimizer, make_schedule
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
 from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
-from spmd_train.tasks import Batch, LossOutput, Task
+from spmd_train.parallel.sequence import check_sequence, place
+from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
 from spmd_train.train.pipeline import Pipeline, make_pipeline, pipeline_rules
-from spmd_train.train.state import FunctionalModel, Params, TrainState
+from spmd_train.train.state import FunctionalModel, Params, TrainState, join
 from spmd_train.train.ticks import pipelined_gradients, pipelined_sums
 
 Metrics = dict[str, jax.Array]
@@ -38,6 +41,8 @@ Metrics = dict[str, jax.Array]
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One jitted SPMD program for one mesh.
+
+    Where `params` goes into a function, it is `TrainState.eval_params`.
 
     Attributes:
         model: the task's module as a function of its parameters.
@@ -48,8 +53,8 @@ class Program:
         init: `init(seed) -> TrainState`; made in place, never whole on one device.
         init_from: the same around given parameters, which are donated.
         train_step: `train_step(state, batch) -> (state, metrics)`; the state is donated. Metrics
-            are replicated scalars: sums over tokens (`loss_sum`, `weight_sum`, the task's own),
-            `grad_norm` before clipping, `learning_rate`.
+            are replicated, scalars but for `expert_load`: sums over tokens (`loss_sum`,
+            `weight_sum`, the task's own), `grad_norm` before clipping, `learning_rate`.
         eval_step: `eval_step(params, batch) -> metrics`: the sums of one batch.
         pipeline: the tick loop of the steps; None on a mesh of one stage.
     """
@@ -83,6 +88,7 @@ def make_program(
     sharding: ShardingConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
+    context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
     pipeline: PipelineConfig | None = None,
 ) -> Program:
     """Builds the program of a task on a mesh; compiles nothing yet.
@@ -93,6 +99,7 @@ def make_program(
         sharding: rules and overrides.
         optimizer: which, with its schedule.
         train: batch size, accumulation, seed and number of steps.
+        context: how sequences are split, where the mesh splits them.
         pipeline: the schedule, where the mesh has stages; None: the default.
 
     Returns:
@@ -111,10 +118,13 @@ def make_program(
         overrides=sharding.overrides,
         mesh=mesh,
     )
-    layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()})
-    _check_batch(train, layout)
+    layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()}, context)
     batch_axes = task.batch_axes()
     shapes = task.batch_shapes(train.global_batch_size)
+    num_microbatches = _num_microbatches(train, layout)
+    for name, axes in batch_axes.items():
+        if "sequence" in axes:
+            check_sequence(shapes[name].shape[axes.index("sequence")], layout)
     _check_sequence(shapes, batch_axes, layout)
     pipe = make_pipeline(task, model=model, layout=layout, config=pipeline, train=train)
 
@@ -126,24 +136,32 @@ def make_program(
         logical_axes=model.logical_axes,
     )
 
-    def init_from(params: Params) -> TrainState:
+    def start(params: Params, model_state: ModelState) -> TrainState:
         # A copy: the step donates both, and one buffer cannot be donated twice.
         ema = (
             jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
             if optimizer.ema_decay
             else None
         )
-        return TrainState(jnp.int32(0), params, transform.init(params), ema)
+        return TrainState(jnp.int32(0), params, transform.init(params), ema, model_state)
 
     def init(seed: int | jax.Array) -> TrainState:
-        return init_from(model.init(jax.random.key(seed)))
+        return start(*model.init(jax.random.key(seed)))
+
+    def init_from(params: Params) -> TrainState:
+        return start(params, model.init(jax.random.key(0))[1])
+
+    def placed(batch: Batch) -> Batch:
+        return {name: place(x, batch_axes[name]) for name, x in batch.items()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_layout(layout):
+            batch = placed(batch)
             key = jax.random.fold_in(jax.random.key(train.seed), state.step)
 
             def loss(params: Params, microbatch: Batch) -> LossOutput:
-                return task.loss(model.merge(params), microbatch, key=key)
+                variables = join(params, state.model_state)
+                return task.loss(model.merge(variables), microbatch, key=key)
 
             if pipe is not None:
                 grads, sums, _ = pipelined_gradients(pipe, state.params, batch, key=key)
@@ -152,7 +170,7 @@ def make_program(
                     loss,
                     state.params,
                     batch,
-                    num_microbatches=train.grad_accumulation,
+                    num_microbatches=num_microbatches,
                     layout=layout,
                 )
             with jax.named_scope("optimizer"):
@@ -165,13 +183,20 @@ def make_program(
                 "grad_norm": optax.tree.norm(grads),
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
-            return TrainState(state.step + 1, params, opt_state, ema), metrics
+            model_state = task.update_model_state(state.model_state, sums)
+            new = TrainState(state.step + 1, params, opt_state, ema, model_state)
+            if train.bad_step == "skip":
+                good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(metrics["grad_norm"])
+                old = dataclasses.replace(state, step=new.step)
+                new = jax.tree.map(functools.partial(jnp.where, good), new, old)
+                metrics["skipped"] = 1 - good.astype(jnp.float32)
+            return new, metrics
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
             if pipe is not None:
                 return _metrics(pipelined_sums(pipe, params, batch))
-            return _metrics(task.loss(model.merge(params), batch, key=None))
+            return _metrics(task.loss(model.merge(params), placed(batch), key=None))
 
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
@@ -206,7 +231,7 @@ def make_program(
         ),
         eval_step=jax.jit(
             eval_step,
-            in_shardings=(shardings.params, batch_shardings),
+            in_shardings=(join(shardings.params, shardings.model_state), batch_shardings),
             out_shardings=replicated,
         ),
         pipeline=pipe,
@@ -217,7 +242,12 @@ def _metrics(sums: LossOutput) -> Metrics:
     return {"loss_sum": sums.loss_sum, "weight_sum": sums.weight_sum, **sums.metric_sums}
 
 
-def _check_batch(train: TrainConfig, layout: Layout) -> None:
+def _num_microbatches(train: TrainConfig, layout: Layout) -> int:
+    """`train.grad_accumulation`, or the next number with which `train.max_device_batch` is kept.
+
+    Raises:
+        ConfigError: the batch does not divide over the mesh.
+    """
     axes = layout.axes("batch")
     shards = layout.size(axes)
     microbatch = train.global_batch_size // train.grad_accumulation
@@ -229,6 +259,13 @@ def _check_batch(train: TrainConfig, layout: Layout) -> None:
             f"microbatches is {microbatch} sequences, which do not divide over "
             f"{' x '.join(axes)} = {shards} devices; the nearest that does is {near}"
         )
+    device_batch = train.global_batch_size // shards
+    most = train.max_device_batch or device_batch
+    return next(
+        n
+        for n in range(train.grad_accumulation, device_batch + 1)
+        if device_batch % n == 0 and device_batch // n <= most
+    )
 
 
 def _check_sequence(

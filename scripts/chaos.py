@@ -1,0 +1,264 @@
+"""Real runs under `spmd-train launch`, with faults by a seeded schedule.
+
+    PYTHONPATH=. python scripts/chaos.py --faults=50 --seed=0
+
+Trains a tiny model to its end twice: once in peace, once while processes are killed, stopped and
+told to go, and checkpoints are damaged. Then asks: are the final parameters, bit for bit, those of
+the run in peace; was each example consumed once; is no process and no unfinished file left?
+Prints a line for each fault, and a table. Exit code 0 if every promise was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import fault_helpers as helpers  # noqa: E402
+
+from spmd_train.checkpoint import steps as folders  # noqa: E402
+from spmd_train.observe import read_examples  # noqa: E402
+
+HANG_SECONDS = 20
+
+
+class Chaos:
+    """One run, and what is done to it."""
+
+    def __init__(self, args: argparse.Namespace, folder: pathlib.Path) -> None:
+        self.folder, self.workdir, self.log = folder, folder / "run", folder / "log"
+        self.random = random.Random(args.seed)
+        self.args = args
+        self.num_steps = 20 + 12 * args.faults
+        self.seen: set[int] = set()
+        self.launcher: subprocess.Popen[bytes] | None = None
+        self.offset = 0
+
+    def words(self, workdir: pathlib.Path) -> list[str]:
+        changes = {
+            "train__num_steps": self.num_steps,
+            "train__checkpoint_every": 5,
+            "train__log_examples": "true",
+            "checkpoint__keep_last": 3,
+        }
+        flags = {
+            "num_processes": self.args.num_processes,
+            "simulate_devices": self.args.devices,
+            "hang_seconds": HANG_SECONDS,
+            "max_restarts": 5,
+        }
+        told = [f"--{name}={value}" for name, value in flags.items()]
+        return ["launch", *told, "--", *helpers.command(workdir, devices=0, **changes)]
+
+    def start(self) -> None:
+        self.offset = self.log.stat().st_size if self.log.exists() else 0
+        self.launcher = helpers.start(self.words(self.workdir), log=self.log)
+        self.seen.add(self.launcher.pid)
+
+    def ranks(self) -> list[int]:
+        """Process ids of the attempt that goes on."""
+        text = self.log.read_bytes()[self.offset :].decode(errors="replace")
+        found = re.findall(r"attempt \d+: \d+ processes \[([\d, ]+)\]", text)
+        pids = [int(pid) for pid in found[-1].split(",")] if found else []
+        self.seen.update(pids)
+        return pids
+
+    def until_stepping(self) -> None:
+        """Waits for a few steps of the attempt that goes on, or of a new launch."""
+        wanted = self.random.randint(2, 8)
+        before = self.lines()
+        limit = time.monotonic() + 400
+        while self.lines() - before < wanted:
+            assert self.launcher is not None
+            if self.launcher.poll() is not None:
+                return
+            assert time.monotonic() < limit, self.log.read_text()[-3000:]
+            time.sleep(0.01)
+        self.ranks()
+
+    def lines(self) -> int:
+        """Steps that were reported, over all attempts."""
+        return len(re.findall(rb"\] train +\d", self.log.read_bytes())) if self.log.exists() else 0
+
+    def wait(self, code: int) -> None:
+        assert self.launcher is not None
+        got = helpers.end(self.launcher, log=self.log, seconds=400)
+        assert got == code, f"exit code {got}, not {code}:\n{self.log.read_text()[-3000:]}"
+
+    def kill_rank(self) -> None:
+        os.kill(self.random.choice(self.ranks()), signal.SIGKILL)
+
+    def kill_coordinator(self) -> None:
+        os.kill(self.ranks()[0], signal.SIGKILL)
+
+    def stop_rank(self) -> None:
+        os.kill(self.random.choice(self.ranks()), signal.SIGSTOP)
+        time.sleep(HANG_SECONDS)
+
+    def terminate_rank(self) -> None:
+        os.kill(self.random.choice(self.ranks()), signal.SIGTERM)
+        self.wait(75)
+        self.start()
+
+    def terminate_launcher(self) -> None:
+        assert self.launcher is not None
+        self.launcher.send_signal(signal.SIGTERM)
+        time.sleep(self.random.random())
+        self.launcher.send_signal(signal.SIGTERM)
+        self.wait(75)
+        self.start()
+
+    def kill_launcher(self) -> None:
+        assert self.launcher is not None
+        self.launcher.kill()
+        self.launcher.wait()
+        helpers.until(lambda: not any(map(alive, self.ranks())), what="the ranks end")
+        self.start()
+
+    def kill_in_save(self) -> None:
+        folder = self.workdir / "checkpoints"
+
+        def saving() -> bool:
+            names = [p.name for p in folder.iterdir() if "bad" not in p.name]
+            return any(not (folder / name / folders.MANIFEST).exists() for name in names)
+
+        limit = time.monotonic() + 60
+        while not saving() and time.monotonic() < limit:
+            time.sleep(0.001)
+        time.sleep(self.random.choice((0.0, 0.05, 0.2)))
+        os.kill(self.random.choice(self.ranks()), signal.SIGKILL)
+
+    def _damage(self, damage: Callable[[pathlib.Path], object]) -> None:
+        assert self.launcher is not None
+        self.launcher.kill()
+        self.launcher.wait()
+        helpers.until(lambda: not any(map(alive, self.ranks())), what="the ranks end")
+        folder = self.workdir / "checkpoints"
+        if there := folders.committed_steps(folder):
+            damage(folder / str(there[-1]))
+        self.start()
+
+    def _file(self, step: pathlib.Path) -> pathlib.Path:
+        files = [p for p in sorted(step.rglob("*")) if p.is_file() and p.stat().st_size]
+        return self.random.choice(files)
+
+    def flip_bit(self) -> None:
+        def flip(step: pathlib.Path) -> None:
+            path = self._file(step)
+            content = bytearray(path.read_bytes())
+            at = self.random.randrange(len(content) * 8)
+            content[at // 8] ^= 1 << at % 8
+            path.write_bytes(content)
+
+        self._damage(flip)
+
+    def truncate(self) -> None:
+        self._damage(lambda step: os.truncate(path := self._file(step), path.stat().st_size // 2))
+
+    def delete_file(self) -> None:
+        self._damage(lambda step: self._file(step).unlink())
+
+    def empty_step(self) -> None:
+        self._damage(lambda step: (shutil.rmtree(step), step.mkdir()))
+
+    FAULTS = (
+        kill_rank,
+        kill_coordinator,
+        kill_in_save,
+        stop_rank,
+        terminate_rank,
+        terminate_launcher,
+        kill_launcher,
+        flip_bit,
+        truncate,
+        delete_file,
+        empty_step,
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def leavings(workdir: pathlib.Path) -> list[str]:
+    """Unfinished files and temporary folders of a run that has ended."""
+    checkpoints = workdir / "checkpoints"
+    left = [p.name for p in checkpoints.iterdir() if not re.fullmatch(r"\d+(\.bad-\d+)?", p.name)]
+    left += [
+        str(s)
+        for s in set(folders.all_steps(checkpoints)) - set(folders.committed_steps(checkpoints))
+    ]
+    return left + [str(p) for p in workdir.rglob("*.partial")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=len(Chaos.FAULTS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=2, help="of each process")
+    parser.add_argument("--folder", type=pathlib.Path, help="to work in, and to keep")
+    args = parser.parse_args()
+    folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    chaos = Chaos(args, folder)
+    peace = folder / "peace"
+    assert helpers.run(chaos.words(peace), log=folder / "peace.log", seconds=900) == 0
+    # Each kind once, then again, in an order of the seed's.
+    schedule: list[Callable[[Chaos], None]] = []
+    while len(schedule) < args.faults:
+        schedule += chaos.random.sample(Chaos.FAULTS, len(Chaos.FAULTS))
+    done: collections.Counter[str] = collections.Counter()
+    chaos.start()
+    for fault in schedule[: args.faults]:
+        chaos.until_stepping()
+        if chaos.launcher is not None and chaos.launcher.poll() is not None:
+            break
+        began = time.monotonic()
+        fault(chaos)
+        done[fault.__name__] += 1
+        print(
+            f"{sum(done.values()):3d} {fault.__name__:<20} {time.monotonic() - began:6.1f} s",
+            flush=True,
+        )
+    chaos.wait(0)
+    chaos.ranks()
+    one = helpers.final_params(peace, chaos.num_steps)
+    other = helpers.final_params(chaos.workdir, chaos.num_steps)
+    promises = {
+        "all faults were injected": sum(done.values()) == args.faults,
+        "final state bitwise equal": {k: v.tobytes() for k, v in one.items()}
+        == {k: v.tobytes() for k, v in other.items()},
+        "examples exactly once": read_examples(peace) == read_examples(chaos.workdir),
+        "no process left": not any(map(alive, chaos.seen)),
+        "no unfinished file left": not leavings(chaos.workdir),
+    }
+    print(json.dumps({"faults": done, "promises": promises}, indent=1))
+    if all(promises.values()) and args.folder is None:
+        shutil.rmtree(folder)
+    else:
+        print(f"kept: {folder}")
+    return 0 if all(promises.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Plans the pod configs on the topologies they are meant for and writes the table of the docs.
+
+    python scripts/plan_table.py --out=build/plans --table=docs/plans.md
+
+Each row is one `spmd-train plan` in a process of its own; a row whose JSON is in --out is not
+compiled again. Needs libtpu (extra plan-tpu) and, for the GPU rows, the extra plan-cuda.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Name, config, target, overrides. Batches as in issue 6's figures of MaxText where there are any.
+ROWS = (
+    (
+        "Llama-2-7B, 4 x 2,048 tokens",
+        "llama2_7b.py",
+        "v5e:16x16",
+        ("data.sequence_length=2048", "train.global_batch_size=1024"),
+    ),
+    ("Llama-2-7B, 4 x 4,096", "llama2_7b.py", "v5p:4x4x4", ("train.global_batch_size=256",)),
+    (
+        "Llama-2-7B, 4 x 4,096, projections kept",
+        "llama2_7b.py",
+        "v5p:4x4x4",
+        ("train.global_batch_size=256", "model.remat=projections"),
+    ),
+    (
+        "Llama-2-7B, 1 x 4,096, tensor 4",
+        "llama2_7b.py",
+        "v5p:4x4x4",
+        ("train.global_batch_size=16", "mesh.fsdp=16", "mesh.tensor=4"),
+    ),
+    ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "v5e:16x16", ("train.global_batch_size=256",)),
+    ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x4", ("train.global_batch_size=128",)),
+    ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x8", ("train.global_batch_size=256",)),
+    ("Llama-3-70B, 1 x 8,192", "llama3_70b.py", "v5p:8x8x16", ("train.global_batch_size=1024",)),
+    ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "h100:4x8", ("train.global_batch_size=32",)),
+)
+HEADS = (
+    "config, per device",
+    "target",
+    "mesh",
+    "peak GiB",
+    "of it temporary",
+    "wire GB / step",
+    "async",
+    "FLOPs, program / model",
+    "predicted step",
+    "MFU",
+    "bound",
+    "compile s",
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "plans")
+    parser.add_argument("--table", type=pathlib.Path, default=ROOT / "docs" / "plans.md")
+    parser.add_argument("--only", default="", help="rows whose target begins with this")
+    parser.add_argument("--no_compile", action="store_true", help="only write the table")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, config, target, overrides in ROWS:
+        path = args.out / f"{row_name(config, target, overrides)}.json"
+        if not path.exists() and not args.no_compile and target.startswith(args.only):
+            compile_row(path, config, target, overrides)
+        if path.exists():
+            lines.append(cells(name, json.loads(path.read_text())))
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    args.table.write_text(page(lines))
+    print(args.table.read_text())
+
+
+def row_name(config, target, overrides):
+    words = (config.removesuffix(".py"), target, *overrides)
+    return "-".join(word.replace(":", "_").replace("=", "_") for word in words)
+
+
+def compile_row(path, config, target, overrides):
+    words = [f"--config.{override}" for override in overrides]
+    print(f"{path.name} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "spmd_train", "plan", f"--config={ROOT / 'configs' / config}"),
+            *(f"--target={target}", *words, "--json"),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode not in (0, 3):
+        raise SystemExit(f"{path.name}: exit code {done.returncode}")
+    path.write_text(done.stdout)
+
+
+def cells(name, plan):
+    memory, flops, told = plan["per_device"], plan["flops"], plan["predicted"]
+    mesh = " x ".join(f"{a} {n}" for a, n in plan["mesh"].items() if n > 1)
+    if plan["compile_seconds"] is None:
+        peak = f"{memory['peak_bytes'] / 2**30:.2f}, **does not fit**"
+        return (name, plan["target"], mesh, peak, *[""] * (len(HEADS) - 4))
+    step, mfu = told["step_seconds"], told["mfu"]
+    return (
+        name,
+        plan["target"],
+        mesh,
+        f"{memory['peak_bytes'] / 2**30:.2f}" + ("" if plan["fits"] else ", **does not fit**"),
+        f"{memory['temp_bytes'] / 2**30:.2f}",
+        f"{plan['wire_bytes'] / 1e9:.1f}",
+        f"{plan['details']['async_wire_bytes'] / max(plan['wire_bytes'], 1):.0%}",
+        f"{flops['program'] / flops['model']:.3f}",
+        f"{step:.3f} s" if step else "",
+        f"{mfu:.1%}" if mfu else "",
+        told["bound"] or "",
+        f"{plan['compile_seconds']:.0f}",
+    )
+
+
+def page(lines):
+    table = [HEADS, ["---"] * len(HEADS), *lines]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in table)
+    return f"""# Plans
+
+Written by `make plan-table`: the pod configs, each compiled by the target's own compiler on a
+machine without the hardware. Peak and temporary memory (of a device) and collectives are the
+compiler's; wire bytes are those of ring algorithms; step time and MFU are a roofline on data-sheet
+rates, the best that the program could do. The seconds of compiling depend on the machine.
+
+{text}
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Attention by pairs of tiles, with an online softmax: no array as large as queries times keys.
+
+Blockwise attention as in Liu et al., arXiv:2310.01889 (after Rabe and Staats, arXiv:2112.05682, and
+FlashAttention, arXiv:2205.14135). Softmax and sums are in float32; matrices are multiplied in the
+dtype of the keys. Which pairs are computed is given (`placement.Tiles`).
+
+Dims: B batch, T queries, S keys, G key heads, R query heads to each of them, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spmd_train.parallel.manual import varying_zeros
+
+Pairs = tuple[jax.Array, jax.Array | int]
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Tokens(NamedTuple):
+    """Which tokens may see which: same segment (0 is padding), and not a later position.
+
+    Attributes:
+        segment_ids: int32 [B, T], 0 where there is no token.
+        positions: int32 [B, T], counted within the segment.
+    """
+
+    segment_ids: jax.Array
+    positions: jax.Array
+
+
+def visible(queries: Tokens, keys: Tokens, *, window: int) -> jax.Array:
+    """Bool [B, T, S]: same segment and 0 <= distance, < `window` where that is not 0."""
+    same_BTS = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+    query_BT1, key_B1S = queries.positions[:, :, None], keys.positions[:, None, :]
+    seen_BTS = same_BTS & (query_BT1 >= key_B1S)
+    return seen_BTS & (query_BT1 - key_B1S < window) if window else seen_BTS
+
+
+class Scoring(NamedTuple):
+    """How a query weighs a key: soft cap and sliding window, 0: off; tokens of a tile."""
+
+    softcap: float
+    window: int
+    tile: int
+
+
+class Running(NamedTuple):
+    """An online softmax: highest score and sum of exponentials [B, G, R, T], output [.., K]."""
+
+    highest: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+
+class Keys(NamedTuple):
+    """Keys and values [B, G, S, K] with their segments and positions [B, S]."""
+
+    k: jax.Array
+    v: jax.Array
+    tokens: Tokens
+
+
+def begin(q_BGRTK: jax.Array, keys: Keys) -> Running:
+    """The softmax over no key yet."""
+    like = (q_BGRTK, keys.k, keys.v)
+    out = varying_zeros(q_BGRTK.shape, jnp.float32, varying_like=like)
+    return Running(out[..., 0] + _LOWEST, out[..., 0], out)
+
+
+def attend_tiles(
+    running: Running,
+    q_BGRTK: jax.Array,
+    queries: Tokens,
+    keys: Keys,
+    pairs: Pairs,
+    scoring: Scoring,
+) -> Running:
+    """Takes the keys of `pairs` into the softmax.
+
+    Args:
+        running: so far.
+        q_BGRTK: queries, scaled.
+        queries: their segments and positions.
+        keys: keys and values.
+        pairs: int32 [N, 2] tiles, and how many of the N to compute.
+        scoring: soft cap, window, tile.
+
+    Returns:
+        The softmax with them. A query's sums are right once it has met a key that it sees.
+    """
+    tiles, count = pairs
+
+    def body(n: jax.Array | int, running: Running) -> Running:
+        i, j = tiles[n, 0] * scoring.tile, tiles[n, 1] * scoring.tile
+        _, _, v, scores, _ = _tile_scores(q_BGRTK, queries, keys, i, j, scoring)
+        highest, total, out = (_cut(x, i, scoring.tile, 3) for x in running)
+        new = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - new[..., None])
+        shrink = jnp.exp(highest - new)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        out = out * shrink[..., None] + jnp.einsum(
+            "bgrts,bgsk->bgrtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return Running(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(whole, part, i, 3)
+                for whole, part in zip(running, (new, total, out), strict=True)
+            )
+        )
+
+    return jax.lax.fori_loop(0, count, body, running)
+
+
+def finish(running: Running) -> tuple[jax.Array, jax.Array]:
+    """Output [B, G, R, T, K] and log of the sum of exponentials [B, G, R, T], float32."""
+    return running.out / running.total[..., None], running.highest + jnp.log(running.total)
+
+
+class Gradients(NamedTuple):
+    """Of the scaled queries [B, G, R, T, K] and of keys and values [B, G, S, K]; float32."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+class Result(NamedTuple):
+    """What the gradient of the queries' rows needs.
+
+    Attributes:
+        out_grad: [B, G, R, T, K], in the dtype to multiply in.
+        log_total: from `finish`, [B, G, R, T].
+        dot: sum over K of output times its gradient, float32 [B, G, R, T].
+    """
+
+    out_grad: jax.Array
+    log_total: jax.Array
+    dot: jax.Array
+
+
+def zero_gradients(q_BGRTK: jax.Array, keys: Keys) -> Gradients:
+    """Gradients to add to."""
+    like = (q_BGRTK, keys.k, keys.v)
+    q, k, v = (varying_zeros(x.shape, jnp.float32, varying_like=like) for x in like)
+    return Gradients(q, k, v)
+
+
+def gradient_tiles(
+    grads: Gradients,
+    q_BGRTK: jax.Array,
+    queries: Tokens,
+    result: Result,
+    keys: Keys,
+    pairs: Pairs,
+    scoring: Scoring,
+) -> Gradients:
+    """Adds the gradients of `attend_tiles` for the same pairs; the weights are made again."""
+    tiles, count = pairs
+
+    def body(n: jax.Array | int, grads: Gradients) -> Gradients:
+        i, j = tiles[n, 0] * scoring.tile, tiles[n, 1] * scoring.tile
+        q, k, v, scores, slope = _tile_scores(q_BGRTK, queries, keys, i, j, scoring)
+        out_grad, log_total, dot = (_cut(x, i, scoring.tile, 3) for x in result)
+        weights = jnp.exp(scores - log_total[..., None])
+        float32: Any = {"preferred_element_type": jnp.float32}
+        weights_grad = jnp.einsum("bgrtk,bgsk->bgrts", out_grad, v, **float32)
+        scores_grad = weights * (weights_grad - dot[..., None]) * slope
+        scores_grad = scores_grad.astype(k.dtype)
+        parts = (
+            jnp.einsum("bgrts,bgsk->bgrtk", scores_grad, k, **float32),
+            jnp.einsum("bgrts,bgrtk->bgsk", scores_grad, q, **float32),
+            jnp.einsum("bgrts,bgrtk->bgsk", weights.astype(v.dtype), out_grad, **float32),
+        )
+        return Gradients(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(
+                    whole, _cut(whole, start, scoring.tile, axis) + part, start, axis
+                )
+                for whole, part, start, axis in zip(grads, parts, (i, j, j), (3, 2, 2), strict=True)
+            )
+        )
+
+    return jax.lax.fori_loop(0, count, body, grads)
+
+
+def _cut(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _tile_scores(
+    q_BGRTK: jax.Array,
+    queries: Tokens,
+    keys: Keys,
+    i: jax.Array,
+    j: jax.Array,
+    scoring: Scoring,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | float]:
+    """A tile of queries, of keys, of values, their scores, and the soft cap's derivative."""
+    tile = scoring.tile
+    q = _cut(q_BGRTK, i, tile, 3)
+    k, v = _cut(keys.k, j, tile, 2), _cut(keys.v, j, tile, 2)
+    scores = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
+    slope: jax.Array | float = 1.0
+    if scoring.softcap:
+        bent = jnp.tanh(scores / scoring.softcap)
+        scores, slope = scoring.softcap * bent, 1 - jnp.square(bent)
+    seen = visible(
+        Tokens(*(_cut(x, i, tile, 1) for x in queries)),
+        Tokens(*(_cut(x, j, tile, 1) for x in keys.tokens)),
+        window=scoring.window,
+    )
+    return q, k, v, jnp.where(seen[:, None, None], scores, _LOWEST), slope

@@ -1,0 +1,380 @@
+"""Attention over sequences that are split over devices (mesh axis `context`).
+
+| method | what travels, per layer | |
+|---|---|---|
+| `ring` | keys and values, a device a step | Liu et al., arXiv:2310.01889 |
+| `all_gather` | all keys and values to all devices at once | Llama 3, arXiv:2407.21783 |
+| `ulysses` | queries, keys, values, outputs: tokens for heads | DeepSpeed, arXiv:2309.14509 |
+
+Each is a `shard_map` over every axis that shards the attention's arrays, with its own derivative
+rule: the backward pass makes a tile's scores again, so that memory stays linear in the tokens of
+a device, and it can stand inside another `shard_map`.
+
+Dims: B batch, T a device's queries, S keys, H query heads, G key heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spmd_train.config import MESH_AXES
+from spmd_train.parallel import blockwise
+from spmd_train.parallel.blockwise import (
+    Gradients,
+    Keys,
+    Pairs,
+    Result,
+    Running,
+    Scoring,
+    Tokens,
+)
+from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
+from spmd_train.parallel.placement import Placement, RingStep, Tiles, stacked
+from spmd_train.parallel.rules import axes_of, current_layout, dims_of, manual_axes, to_spec
+from spmd_train.parallel.sequence import check_heads, check_sequence
+
+QKV = tuple[jax.Array, ...]
+"""Arrays that belong to queries, keys and values."""
+
+
+def attend_split(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    tokens: Tokens,
+    softcap: float,
+    window: int,
+) -> jax.Array:
+    """`nn.attention.attend` for tokens that lie on the devices as the layout places them.
+
+    Args:
+        q_BTHK: queries, global arrays as everywhere outside a `shard_map`.
+        k_BTGK: keys.
+        v_BTGK: values.
+        tokens: segments and positions, [B, T].
+        softcap: of the scores; 0: off.
+        window: a key is visible if it is less than so many positions before; 0: off.
+
+    Returns:
+        [B, T, H, K] in the dtype of `q_BTHK`.
+
+    Raises:
+        ConfigError: the sequence or (ulysses) the heads do not divide over the devices.
+    """
+    layout = current_layout()
+    assert layout is not None
+    axes = layout.axes("sequence")
+    assert not set(axes) & set(manual_axes()), "attend_split takes whole sequences"
+    check_sequence(q_BTHK.shape[1], layout)
+    check_heads(q_BTHK.shape[2], k_BTGK.shape[2], layout)
+    placement = Placement(
+        name=layout.context.placement,
+        num_devices=layout.size(axes),
+        length=q_BTHK.shape[1],
+        window=window,
+    )
+    method = _METHODS[layout.context.method]
+
+    q_dims = dims_of(
+        layout.activation_spec(q_BTHK.shape, ("batch", "sequence", "heads", None)), ndim=4
+    )
+    k_dims = dims_of(
+        layout.activation_spec(k_BTGK.shape, ("batch", "sequence", "kv_heads", None)), ndim=4
+    )
+    # Where a device's query heads do not go with its key heads, heads are left to XLA.
+    heads = q_dims[2] if q_dims[2] == k_dims[2] else ()
+    kv_copies = max(1, layout.size(axes) // (k_BTGK.shape[2] // layout.size(heads)))
+    split = _Split(axes, placement, Scoring(softcap, window, placement.tile), kv_copies)
+    spec = to_spec([q_dims[0], axes, heads])
+    token_spec = to_spec([q_dims[0], axes])
+    qkv_specs = (spec, spec, spec)
+    saved_specs = method.saved_specs(q_dims[0], axes, heads)
+    manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
+    by_hand = functools.partial(by_hand_over, layout=layout, axes=manual)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, Any]:
+        run = by_hand(
+            functools.partial(method.forward, split),
+            in_specs=(*qkv_specs, token_spec),
+            out_specs=(spec, saved_specs),
+        )
+        with jax.named_scope(layout.context.method):
+            out, saved = opaque(run)(q, k, v, tokens)
+        return out, (saved, out, tokens)
+
+    def backward(residuals: Any, out_grad: jax.Array) -> tuple[Any, ...]:
+        saved, out, tokens = residuals
+        run = by_hand(
+            functools.partial(method.backward, split),
+            in_specs=(saved_specs, token_spec, spec, spec),
+            out_specs=qkv_specs,
+        )
+        with jax.named_scope(layout.context.method):
+            grads = opaque(run)(saved, tokens, out, out_grad)
+        return *grads, jax.tree.map(no_gradient, tokens)
+
+    @jax.custom_vjp
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> jax.Array:
+        return forward(q, k, v, tokens)[0]
+
+    attention.defvjp(forward, backward)
+    return attention(q_BTHK, k_BTGK, v_BTGK, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """What is the same on every device.
+
+    Attributes:
+        axes: mesh axes of the sequence.
+        placement: where its tokens are.
+        scoring: how a query weighs a key.
+        kv_copies: ulysses: each key head is sent so often. With fewer key heads than devices, so
+            each device has the one that its query heads look at.
+    """
+
+    axes: tuple[str, ...]
+    placement: Placement
+    scoring: Scoring
+    kv_copies: int
+
+    def send(self, tree: Any, *, distance: int) -> Any:
+        """Gives each device what the one `distance` before it in the ring has; 0: its own."""
+        if not distance:
+            return tree
+        c = self.placement.num_devices
+        return jax.lax.ppermute(tree, self.axes, [(i, (i + distance) % c) for i in range(c)])
+
+    def go_round(self, step: Callable[..., Any], carry: Any) -> Any:
+        """Runs `step(carry, pairs, ring_step)` for each step of the ring; alike ones in a loop.
+
+        A loop also bounds what is in flight: transfers do not wait for compute, and side by side
+        they would bring the keys of all devices here at once.
+        """
+        for ring in self.placement.grouped_ring():
+            pairs, counts = stacked(ring.tiles, self.axes)
+            if len(ring.tiles) == 1:
+                count = counts if isinstance(counts, int) else counts[0]
+                carry = step(carry, (pairs[0], count), ring)
+            elif isinstance(counts, int):
+                carry = jax.lax.scan(
+                    lambda c, p, n=counts, r=ring: (step(c, (p, n), r), None), carry, pairs
+                )[0]
+            else:
+                carry = jax.lax.scan(
+                    lambda c, xs, r=ring: (step(c, xs, r), None), carry, (pairs, counts)
+                )[0]
+        return carry
+
+    def gather(self, tree: Any) -> Any:
+        """All tokens of arrays [B, T, ...]."""
+        return jax.lax.all_gather(tree, self.axes, axis=1, tiled=True)
+
+    def to_heads(self, x_BTH: jax.Array) -> jax.Array:
+        """From a device's tokens and all heads to all tokens and a device's heads."""
+        return jax.lax.all_to_all(x_BTH, self.axes, split_axis=2, concat_axis=1, tiled=True)
+
+    def to_tokens(self, x_BSH: jax.Array) -> jax.Array:
+        """`to_heads` undone."""
+        return jax.lax.all_to_all(x_BSH, self.axes, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _heads_first(
+    q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens
+) -> tuple[jax.Array, Keys]:
+    """Scaled queries [B, G, R, T, K]; keys and values [B, G, S, K] with their tokens."""
+    q_BGRTK = _group(q / math.sqrt(q.shape[3]), k.shape[2]).astype(q.dtype)
+    return q_BGRTK, Keys(_swap(k), _swap(v), tokens)
+
+
+def _swap(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _group(x_BTHK: jax.Array, num_groups: int) -> jax.Array:
+    """[B, T, H, *] to [B, G, R, T, *]."""
+    b, t, h, *rest = x_BTHK.shape
+    return _swap(x_BTHK).reshape(b, num_groups, h // num_groups, t, *rest)
+
+
+def _ungroup(x_BGRTK: jax.Array, dtype: Any) -> jax.Array:
+    """[B, G, R, T, *] to [B, T, H, *]."""
+    b, g, r, *rest = x_BGRTK.shape
+    return _swap(x_BGRTK.reshape(b, g * r, *rest)).astype(dtype)
+
+
+def _dot(out: jax.Array, out_grad: jax.Array) -> jax.Array:
+    """[B, T, H]: the sum that a softmax's gradient subtracts."""
+    return jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
+
+
+def _finish_gradients(grads: Gradients, q: jax.Array, k: jax.Array, v: jax.Array) -> QKV:
+    """Gradients of the arrays as they were given."""
+    q_grad = _ungroup(grads.q / math.sqrt(q.shape[3]), q.dtype)
+    return q_grad, _swap(grads.k).astype(k.dtype), _swap(grads.v).astype(v.dtype)
+
+
+def _sequence_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> Any:
+    """Of what `ring` and `all_gather` save: q, k, v and log_total [B, T, H]."""
+    return (to_spec([batch, axes, heads]),) * 4
+
+
+def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+    q_BGRTK, held = _heads_first(q, k, v, tokens)
+
+    def step(carry: tuple[Running, Keys], pairs: Pairs, ring: RingStep) -> tuple[Running, Keys]:
+        running, held = carry
+        # Sent before it is needed: the compute below, which needs it not, can hide the transfer.
+        coming = split.send(held, distance=ring.distance_out)
+        running = blockwise.attend_tiles(running, q_BGRTK, tokens, held, pairs, split.scoring)
+        return running, coming
+
+    running, _ = split.go_round(step, (blockwise.begin(q_BGRTK, held), held))
+    out, log_total = blockwise.finish(running)
+    return _ungroup(out, q.dtype), (q, k, v, _ungroup(log_total, jnp.float32))
+
+
+def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array):
+    q, k, v, log_total = saved
+    q_BGRTK, held = _heads_first(q, k, v, tokens)
+    group = functools.partial(_group, num_groups=k.shape[2])
+    result = Result(group(out_grad), group(log_total), group(_dot(out, out_grad)))
+    zeros = blockwise.zero_gradients(q_BGRTK, held)
+
+    def step(carry: tuple[Gradients, Keys], pairs: Pairs, ring: RingStep):
+        grads, held = carry
+        coming = split.send(held, distance=ring.distance_out)
+        # The gradients of keys go round with them, and are added to when they are here.
+        arriving = split.send(grads[1:], distance=ring.distance_in)
+        own = Gradients(grads.q, zeros.k, zeros.v)
+        own = blockwise.gradient_tiles(own, q_BGRTK, tokens, result, held, pairs, split.scoring)
+        return Gradients(own.q, *map(jnp.add, own[1:], arriving)), coming
+
+    grads, _ = split.go_round(step, (zeros, held))
+    last, _ = split.placement.ring()[-1]
+    home = split.send(grads[1:], distance=split.placement.num_devices - last if last else 0)
+    return _finish_gradients(Gradients(grads.q, *home), q, k, v)
+
+
+def _here(
+    split: _Split,
+    tiles: Tiles,
+    queries: Tokens,
+    keys: Tokens,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention where all keys are at hand: output and log_total [B, T, H]."""
+    q_BGRTK, held = _heads_first(q, k, v, keys)
+    running = blockwise.attend_tiles(
+        blockwise.begin(q_BGRTK, held),
+        q_BGRTK,
+        queries,
+        held,
+        tiles.mine(split.axes),
+        split.scoring,
+    )
+    out, log_total = blockwise.finish(running)
+    return _ungroup(out, q.dtype), _ungroup(log_total, jnp.float32)
+
+
+def _here_backward(
+    split: _Split,
+    tiles: Tiles,
+    queries: Tokens,
+    keys: Tokens,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    results: Sequence[jax.Array],
+) -> Gradients:
+    """Gradients of `_here`, out of the output's gradient, log_total and `_dot`."""
+    q_BGRTK, held = _heads_first(q, k, v, keys)
+    return blockwise.gradient_tiles(
+        blockwise.zero_gradients(q_BGRTK, held),
+        q_BGRTK,
+        queries,
+        Result(*(_group(x, k.shape[2]) for x in results)),
+        held,
+        tiles.mine(split.axes),
+        split.scoring,
+    )
+
+
+def _gather_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+    all_k, all_v, keys = split.gather((k, v, tokens))
+    out, log_total = _here(split, split.placement.gathered(), tokens, keys, q, all_k, all_v)
+    return out, (q, k, v, log_total)
+
+
+def _gather_backward(
+    split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array
+):
+    q, k, v, log_total = saved
+    all_k, all_v, keys = split.gather((k, v, tokens))
+    results = out_grad, log_total, _dot(out, out_grad)
+    tiles = split.placement.gathered()
+    grads = _here_backward(split, tiles, tokens, keys, q, all_k, all_v, results)
+    k_grad, v_grad = (
+        jax.lax.psum_scatter(x, split.axes, scatter_dimension=2, tiled=True)
+        for x in (grads.k, grads.v)
+    )
+    return _finish_gradients(Gradients(grads.q, k_grad, v_grad), q, k, v)
+
+
+def _heads_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> Any:
+    """Of what `ulysses` saves: q, k, v and log_total [B, S, H]."""
+    return (to_spec([batch, (), (*heads, *axes)]),) * 4
+
+
+def _ulysses_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+    k, v = (jnp.repeat(x, split.kv_copies, axis=2) for x in (k, v))
+    q, k, v = (split.to_heads(x) for x in (q, k, v))
+    everywhere = split.gather(tokens)
+    out, log_total = _here(split, split.placement.whole(), everywhere, everywhere, q, k, v)
+    return split.to_tokens(out), (q, k, v, log_total)
+
+
+def _ulysses_backward(
+    split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array
+):
+    q, k, v, log_total = saved
+    everywhere = split.gather(tokens)
+    results = split.to_heads(out_grad), log_total, split.to_heads(_dot(out, out_grad))
+    tiles = split.placement.whole()
+    grads = _here_backward(split, tiles, everywhere, everywhere, q, k, v, results)
+    q, k, v = (split.to_tokens(x) for x in _finish_gradients(grads, q, k, v))
+    b, t, g, width = k.shape
+    copied = (b, t, g // split.kv_copies, split.kv_copies, width)
+    return q, *(x.reshape(copied).sum(3, dtype=jnp.float32).astype(x.dtype) for x in (k, v))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """A way to attend over a split sequence.
+
+    Attributes:
+        forward: `(split, q, k, v, tokens) -> (out, saved)`, on a device's shards.
+        backward: `(split, saved, tokens, out, out_grad) -> (q_grad, k_grad, v_grad)`.
+        saved_specs: of what `forward` saves, out of the mesh axes of batch, sequence and heads.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., QKV]
+    saved_specs: Callable[..., Any]
+
+
+_METHODS: Mapping[str, _Method] = {
+    "ring": _Method(_ring_forward, _ring_backward, _sequence_specs),
+    "all_gather": _Method(_gather_forward, _gather_backward, _sequence_specs),
+    "ulysses": _Method(_ulysses_forward, _ulysses_backward, _heads_specs),
+}

@@ -1,0 +1,83 @@
+"""The least time a step can take on a chip whose rates are known: a model, not a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from spmd_train.inspect.collectives import Collective
+from spmd_train.parallel.chips import Chip
+from spmd_train.plan.hlo_cost import ProgramCost
+from spmd_train.plan.network import NetworkTime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Seconds per step; None: a rate is not known.
+
+    Attributes:
+        compute: matmuls at the chip's highest rate.
+        hbm: memory traffic at its bandwidth.
+        on_chip: kernel by kernel the longer of the two, summed.
+        ici: collectives within slices or nodes.
+        dcn: collectives between them.
+        step: `on_chip`, or what asynchronous collectives take if that is longer, and what the
+            others add.
+        bound: `compute`, `hbm`, `ici` or `dcn`: the longest; empty where nothing is known.
+    """
+
+    compute: float | None
+    hbm: float | None
+    on_chip: float | None
+    ici: float | None
+    dcn: float | None
+    step: float | None
+    bound: str
+
+
+def roofline(
+    cost: ProgramCost, *, network: NetworkTime | None, chip: Chip | None, dtype: str
+) -> Roofline:
+    """Times of a compiled step.
+
+    Args:
+        cost: what it executes.
+        network: what it sends; None where the chip's networks are not known.
+        chip: its rates; None: not known.
+        dtype: the compute dtype, for matmuls that the program does not tell the dtype of.
+    """
+    peak = chip.flops.get(dtype) if chip else None
+    if chip is None or peak is None or network is None:
+        return Roofline(
+            compute=None, hbm=None, on_chip=None, ici=None, dcn=None, step=None, bound=""
+        )
+    rates = {"bf16": chip.flops.get("bfloat16", peak), "f32": chip.flops.get("float32", peak)}
+    compute = hbm = on_chip = 0.0
+    for op in cost.operations:
+        busy = op.flops / rates.get(op.dtype, peak)
+        moving = op.hbm_bytes / chip.hbm_bandwidth
+        compute += busy * op.count
+        hbm += moving * op.count
+        on_chip += max(busy, moving) * op.count
+    parts = {"compute": compute, "hbm": hbm, "ici": network.ici, "dcn": network.dcn}
+    known = {name: seconds for name, seconds in parts.items() if seconds is not None}
+    step = None
+    if network.ici is not None and network.dcn is not None:
+        exposed = network.ici + network.dcn - network.hidden
+        step = max(on_chip, network.hidden) + exposed
+    return Roofline(
+        compute=compute,
+        hbm=hbm,
+        on_chip=on_chip,
+        ici=network.ici,
+        dcn=network.dcn,
+        step=step,
+        bound=max(known, key=lambda name: known[name]),
+    )
+
+
+def async_share(collectives: Sequence[Collective]) -> float | None:
+    """Share of the wire bytes that is sent between a start and a done; None if none is sent."""
+    total = sum(c.wire_bytes or 0 for c in collectives)
+    hidden = sum(c.wire_bytes or 0 for c in collectives if c.is_async)
+    return hidden / total if total else None

@@ -1,0 +1,135 @@
+"""Poisoned batches: skipped, rolled back from, or stopped at; never saved."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+
+import fault_helpers as faults
+import numpy as np
+import pytest
+from helpers import by_path, program_of, put, random_batch
+
+from spmd_train import training
+from spmd_train.checkpoint import steps
+from spmd_train.cli.main import main
+from spmd_train.config import ConfigError, TrainConfig, load_config, parse
+from spmd_train.data import Dataset
+from spmd_train.observe import read_examples, read_jsonl
+from spmd_train.train.bad_numbers import BadStepError, NumbersWatch, read_bundle
+
+POISONED = 12
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Batch 12 has a weight that is no number; called, it heals."""
+    batch = Dataset.batch
+
+    def poisoned(self, step, **options):
+        made = batch(self, step, **options)
+        if step == POISONED:
+            made["weights"][0, 3] = np.nan
+        return made
+
+    monkeypatch.setattr(Dataset, "batch", poisoned)
+    return monkeypatch.undo
+
+
+def config(workdir, **changes):
+    words = faults.command(workdir, train__num_steps=20, **changes)
+    pairs = [w.removeprefix("--config.").split("=", 1) for w in words if w.startswith("--config.")]
+    path = str(faults.ROOT / "configs" / "lm_tiny.py")
+    return parse(load_config(path, [(key, value) for key, value in pairs]))
+
+
+def test_bad_numbers_skip_leaves_the_state():
+    program = program_of({"data": 2}, bad_step="skip")
+    state = program.init(0)
+    before = by_path(state)
+    batch = random_batch()
+    batch["weights"][0, 3] = np.nan
+    state, metrics = program.train_step(state, put(program, batch))
+    after = by_path(state)
+    assert metrics["skipped"] == 1 and math.isnan(metrics["loss_sum"])
+    assert after.pop("step") == before.pop("step") + 1
+    for path, value in before.items():
+        assert value.tobytes() == after[path].tobytes(), path
+    state, metrics = program.train_step(state, put(program, random_batch()))
+    assert metrics["skipped"] == 0
+    assert (by_path(state)["params/embedding/table"] != after["params/embedding/table"]).any()
+
+
+def test_bad_numbers_skip_goes_on(tmp_path, poison):
+    workdir = tmp_path / "run"
+    training.train(config(workdir, train__bad_step="skip"), workdir=workdir)
+    lines = read_jsonl(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["skipped"]] == [POISONED + 1]
+    assert math.isfinite(lines[-1]["loss"])
+
+
+def test_bad_numbers_rollback_leaves_the_data_out(tmp_path, poison):
+    workdir = tmp_path / "run"
+    changes = {"train__bad_step": "rollback", "train__log_examples": "true"}
+    training.train(config(workdir, **changes), workdir=workdir)
+    (line,) = (workdir / "rollbacks.jsonl").read_text().splitlines()
+    assert json.loads(line).items() >= {"step": 10, "skip": 3, "bad_step": 13}.items()
+    losses = [line["loss"] for line in read_jsonl(workdir / "metrics.jsonl")]
+    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    assert sorted(read_examples(workdir)) == list(range(23))
+    # The run goes on where its data is, also from the checkpoint before the rollback's.
+    for bad in (None, 20):
+        if bad is not None:
+            steps.quarantine(workdir / "checkpoints", 30)
+            steps.quarantine(workdir / "checkpoints", bad)
+        longer = config(workdir, **changes, checkpoint__keep_last=9)
+        longer = type(longer)(
+            **{**vars(longer), "train": TrainConfig(**{**vars(longer.train), "num_steps": 30})}
+        )
+        training.train(longer, workdir=workdir)
+        assert sorted(read_examples(workdir)) == list(range(33))
+
+
+def test_bad_numbers_abort_and_replay(tmp_path, poison, capsys):
+    workdir = tmp_path / "run"
+    with pytest.raises(BadStepError, match="step 13: the loss is nan"):
+        training.train(config(workdir), workdir=workdir)
+    assert steps.committed_steps(workdir / "checkpoints") == [10]
+    poison()
+    bundle = workdir / "bad_steps" / "13"
+    assert main(["replay", str(bundle), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 13 and found["loss"] == "nan"
+    assert found["batch"] == ["weights[0]"] and found["params"] == []
+    assert found["grads"]
+    # Nobody's pickles: an array of objects is refused, not run.
+    with (bundle / "batch.npz").open("wb") as file:
+        np.savez(file, weights=np.array([{}], dtype=object))
+    with pytest.raises(ConfigError, match="is no bundle"):
+        read_bundle(bundle)
+    assert main(["replay", str(tmp_path)]) == 2
+    assert main(["replay"]) == 2
+
+
+def test_bad_numbers_spike():
+    watch = NumbersWatch(TrainConfig(spike_factor=5, bad_step="rollback"))
+    for step in range(1, 30):
+        watch.check(step, loss=2.0, grad_norm=1.0 + step % 3)
+    watch.check(30, loss=2.0, grad_norm=9.0)
+    with pytest.raises(BadStepError, match=r"step 31.*spike_factor=5"):
+        watch.check(31, loss=2.0, grad_norm=30.0)
+    with contextlib.suppress(BadStepError):
+        watch.check(32, loss=math.inf, grad_norm=1.0)
+        raise AssertionError
+
+
+def test_bad_numbers_skips_in_a_row_end_the_run():
+    watch = NumbersWatch(TrainConfig(bad_step="skip", max_bad_steps=3))
+    watch.check(1, loss=math.nan, grad_norm=1.0)
+    watch.check(2, loss=math.nan, grad_norm=1.0)
+    watch.check(3, loss=1.0, grad_norm=1.0)
+    watch.check(4, loss=1.0, grad_norm=math.inf)
+    watch.check(5, loss=1.0, grad_norm=math.inf)
+    with pytest.raises(BadStepError, match="3 steps in a row"):
+        watch.check(6, loss=1.0, grad_norm=math.inf)

@@ -1,0 +1,115 @@
+"""Who am I, how many are we: as flags, the environment and simulated clusters say it."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+import fault_helpers as faults
+import pytest
+
+from spmd_train import cluster
+from spmd_train.config import ConfigError
+
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """No sign of any cluster."""
+    for names in cluster._SIGNS.values():
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "environ, name",
+    [
+        ({}, None),
+        (SLURM, "SLURM"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        # The shell of salloc: a job, but not a task of it.
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OpenMPI"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "TPU"),
+    ],
+)
+def test_cluster_is_recognized(nowhere, environ, name):
+    for variable, value in environ.items():
+        nowhere.setenv(variable, value)
+    assert cluster._cluster_of_environment() == name
+
+
+def test_cluster_flags_win_over_environment(nowhere):
+    nowhere.setenv("SPMD_TRAIN_NUM_PROCESSES", "4")
+    nowhere.setenv("SPMD_TRAIN_PROCESS_ID", "3")
+    place = cluster._place_of_environment(cluster.Place(process_id=0, coordinator_address="h:1"))
+    assert place == ("h:1", 4, 0)
+    nowhere.setenv("SPMD_TRAIN_PROCESS_ID", "three")
+    with pytest.raises(ConfigError, match="SPMD_TRAIN_PROCESS_ID='three'"):
+        cluster.connect()
+
+
+def test_cluster_incomplete_says_what_was_seen(nowhere):
+    cluster.connect()
+    cluster.connect(cluster.Place(num_processes=1))
+    nowhere.setenv("SLURM_JOB_ID", "77")
+    with pytest.raises(ConfigError, match=r"--coordinator_address and --process_id.*SLURM_JOB_ID"):
+        cluster.connect(cluster.Place(num_processes=2))
+
+
+def test_cluster_that_cannot_be_read_says_what_was_seen(tmp_path):
+    log = tmp_path / "log"
+    environ = {"OMPI_COMM_WORLD_SIZE": "2"}
+    code = faults.run(faults.command(tmp_path / "run", devices=1), log=log, environ=environ)
+    text = log.read_text()
+    assert code == 2 and "Traceback" not in text
+    assert re.search(r"OpenMPI.*OMPI_COMM_WORLD_SIZE=2.*--process_id=I", text)
+
+
+def test_cluster_slurm_processes_that_differ_are_named(tmp_path):
+    """Two real processes under SLURM's variables; the second has another seed."""
+    logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
+    address = str(port())
+    runs = [
+        faults.start(
+            faults.command(tmp_path / "run", devices=1, train__seed=rank),
+            log=log,
+            environ=SLURM | {"SLURM_PROCID": str(rank), "JAX_COORDINATOR_PORT": address},
+        )
+        for rank, log in enumerate(logs)
+    ]
+    for run, log in zip(runs, logs, strict=True):
+        assert faults.end(run, log=log) == 2, log.read_text()
+        assert re.search(r"process 1 on .*: config.train.seed is 1, elsewhere 0", log.read_text())
+    assert not (tmp_path / "run").exists()
+
+
+def test_cluster_missing_process_times_out(tmp_path):
+    log = tmp_path / "log"
+    environ = {
+        "SPMD_TRAIN_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}",
+        "SPMD_TRAIN_NUM_PROCESSES": "2",
+        "SPMD_TRAIN_PROCESS_ID": "0",
+        "SPMD_TRAIN_CONNECT_SECONDS": "2",
+    }
+    code = faults.run(faults.command(tmp_path / "run", devices=1), log=log, environ=environ)
+    assert code not in (0, 2, 75)
+    assert "DEADLINE_EXCEEDED" in log.read_text()

@@ -1,0 +1,47 @@
+"""Plans by TPU's own compiler, for TPUs that are not here (extra plan-tpu)."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.plan_tpu
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def plan(*words, code=0):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "spmd_train", "plan", "--target=v5e:2x2", "--json"),
+            *("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.model.num_layers=2"),
+            *("--config.model.compute_dtype=bfloat16", *words),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_plan_tpu_tells_a_step():
+    told = plan()
+    assert (told["num_devices"], told["fits"], told["hbm_bytes"]) == (4, True, 16 * 2**30)
+    assert {row["network"] for row in told["collectives"]} == {"ici"}
+    assert told["flops"]["program"] >= told["flops"]["model"]
+    assert 0 < told["predicted"]["mfu"] < 1
+    assert told["details"]["unknown_loops"] == 0
+
+
+def test_plan_tpu_that_does_not_fit():
+    told = plan(
+        *("--config.model.embed_dim=16384", "--config.model.num_heads=128"),
+        *("--config.model.mlp_dim=65536", "--config.train.global_batch_size=4"),
+        code=3,
+    )
+    assert told["fits"] is False
+    assert told["per_device"]["peak_bytes"] > told["hbm_bytes"]
