@@ -11,7 +11,12 @@ from spmd_train.cli.main import main
 from spmd_train.parallel.stages import make_stages
 
 CONFIG = ["inspect", "schedule", "--config=configs/lm_tiny.py"]
-MESH = ["--config.mesh.pipeline=4", "--config.mesh.fsdp=2", "--config.mesh.data=1"]
+MESH = [
+    "--config.mesh.pipeline=4",
+    "--config.mesh.fsdp=2",
+    "--config.mesh.data=1",
+    "--config.train.global_batch_size=16",
+]
 
 
 def test_pipeline_inspect_prints_the_grid(capsys, tmp_path):

@@ -98,6 +98,27 @@ def test_pipeline_errors_name_both_numbers():
         program({"pipeline": 2}, pipeline={"schedule": "interleaved"}, rules={"layers": "pipeline"})
 
 
+@pytest.mark.parametrize(
+    "pipeline, rules",
+    [
+        ({"schedule": "interleaved", "gather": "microbatch"}, {}),
+        (
+            {"gather": "step"},
+            {
+                "embed": "fsdp+tensor",
+                "mlp": "none",
+                "heads": "none",
+                "kv_heads": "none",
+                "vocab": "none",
+            },
+        ),
+    ],
+)
+def test_pipeline_refuses_to_gather_a_part_of_a_dim(pipeline, rules):
+    with pytest.raises(ConfigError, match=r"pipeline.gather: .* of which the pipeline gathers"):
+        program({"pipeline": 2, "fsdp": 2, "tensor": 2}, pipeline=pipeline, rules=rules)
+
+
 def test_pipeline_warns_of_too_few_microbatches(caplog):
     with caplog.at_level(logging.WARNING):
         program({"pipeline": 4}, pipeline={"num_microbatches": 2})

@@ -174,13 +174,11 @@ def pipeline_rules(
     """
     rules = dict(rules)
     if mesh.shape[AXIS] == 1:
-        return rules
+        return {name: tuple(a for a in axes if a != AXIS) for name, axes in rules.items()}
     stages = _make_stages(task, mesh, config)
     if not stages.in_order and "layers" not in sharding.rules and "embed" not in sharding.rules:
         rules["layers"] = ()
-        # Of axes on one dim, those by hand must be the outer ones.
-        embed = rules["embed"]
-        rules["embed"] = (*embed, AXIS) if config.gather == "step" else (AXIS, *embed)
+        rules["embed"] = (*rules["embed"], AXIS)
     return rules
 
 
@@ -247,14 +245,30 @@ def make_pipeline(
         gather=config.gather,
     )
     for path, spec in layout.param_specs.items():
-        dims = dims_of(spec, ndim=1)
-        if path.split("/")[0] == task.stack and AXIS in dims[0] and not stages.in_order:
-            raise ConfigError(
-                f"sharding: {path} has its layers over mesh axis {AXIS!r}, but these stages are no "
-                f"even parts in order ({task.num_layers} layers, {stages.num_devices} stages, "
-                f"{stages.num_chunks} chunks each); shard another dim of it over {AXIS}, or none"
-            )
+        _check_leaf(path, dims_of(spec, ndim=1), pipe)
     return pipe
+
+
+def _check_leaf(path: str, dims: stages_lib.Dims, pipe: Pipeline) -> None:
+    stages = pipe.stages
+    if path.split("/")[0] == pipe.task.stack and AXIS in dims[0] and not stages.in_order:
+        raise ConfigError(
+            f"sharding: {path} has its layers over mesh axis {AXIS!r}, but these stages are no "
+            f"even parts in order ({stages.num_layers} layers, {stages.num_devices} stages, "
+            f"{stages.num_chunks} chunks each); shard another dim of it over {AXIS}, or none"
+        )
+    for i, dim in enumerate(dims):
+        ours = [a for a in dim if a in pipe.hand]
+        left = [a for a in dim if a not in pipe.hand]
+        # Gathered over the outer of them, the inner ones' parts of the dim are no longer in order.
+        if ours and left:
+            raise ConfigError(
+                f"pipeline.gather: {pipe.gather!r} leaves {'+'.join(left)} to XLA, but dim {i} of "
+                f"{path} is on {'+'.join(dim)}, of which the pipeline gathers {'+'.join(ours)}; "
+                "set pipeline.gather to step, or let stages be even parts in order (a schedule "
+                f"other than interleaved, and model.num_layers = {stages.num_layers} a multiple "
+                f"of mesh.pipeline = {stages.num_devices}), or change sharding.rules"
+            )
 
 
 def _num_microbatches(config: PipelineConfig, train: TrainConfig, layout: Layout) -> int:
