@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spmd_train.config import MoEConfig
+from spmd_train.parallel.sequence import sum_before
 
 
 class Routing(NamedTuple):
@@ -90,8 +91,7 @@ def route(
     chosen_BTE = sum(c.astype(jnp.float32) for c in choices) * is_token_BT[..., None]
     takes_BTE = chosen_BTE > 0
     if config.dispatch == "capacity":
-        before_BTE = jnp.cumsum(chosen_BTE, axis=1) - chosen_BTE
-        takes_BTE &= before_BTE < expert_capacity(config, length=logits_BTE.shape[1])
+        takes_BTE &= sum_before(chosen_BTE) < expert_capacity(config, length=logits_BTE.shape[1])
     experts = jnp.arange(num_experts, dtype=jnp.int32)
     experts_BTK = jnp.stack(
         [jnp.min(jnp.where(c & takes_BTE, experts, num_experts), axis=-1) for c in choices], -1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spmd_train.config import MESH_AXES, ConfigError
 from spmd_train.parallel.manual import by_hand_over, opaque
-from spmd_train.parallel.placement import blocks_per_device
+from spmd_train.parallel.placement import blocks_of, blocks_per_device
 from spmd_train.parallel.rules import Layout, LogicalAxes, axes_of, current_layout
 
 
@@ -54,6 +55,30 @@ def place(x: jax.Array, axes: LogicalAxes) -> jax.Array:
 
     manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
     return opaque(by_hand_over(exchange, layout, manual, (spec,), spec))(x)
+
+
+def sum_before(x_BTE: jax.Array) -> jax.Array:
+    """For each token the sum over those before it, in the sequence's own order.
+
+    Args:
+        x_BTE: [B, T, E], laid out as `place` does. No value travels, only sums of blocks.
+
+    Returns:
+        The same shape.
+    """
+    layout, split = current_layout(), split_axes()
+    length = x_BTE.shape[1]
+    order = [0]
+    if layout is not None and split:
+        held = blocks_of(layout.context.placement, num_devices=layout.size(split))
+        order = [block for blocks in held for block in blocks]
+    if length % len(order):  # Not split: a token that is generated.
+        order = [0]
+    x_BNSE = x_BTE.reshape(x_BTE.shape[0], len(order), length // len(order), x_BTE.shape[2])
+    inside = jnp.cumsum(x_BNSE, axis=2) - x_BNSE
+    is_before = np.less.outer(order, order).astype(x_BTE.dtype)
+    blocks = jnp.einsum("bme,mn->bne", jnp.sum(x_BNSE, axis=2), is_before)
+    return (inside + blocks[:, :, None]).reshape(x_BTE.shape)
 
 
 def check_sequence(length: int, layout: Layout) -> None:

@@ -118,6 +118,10 @@ def make_program(
         overrides=sharding.overrides,
         mesh=mesh,
     )
+    # Overrides are the parameters'.
+    param_plans |= plan_params(
+        model.abstract_model_state, model.logical_axes, rules=rules, overrides={}, mesh=mesh
+    )
     layout = Layout(mesh, rules, {path: plan.spec for path, plan in param_plans.items()}, context)
     batch_axes = task.batch_axes()
     shapes = task.batch_shapes(train.global_batch_size)
