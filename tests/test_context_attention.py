@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import ContextConfig, MeshConfig, ShardingConfig
 from spmd_train.nn.attention import Tokens, attend
@@ -171,3 +172,34 @@ def test_context_ring_sends_before_it_computes():
     # backward. Gradients: in the loop; what they wait for is the loop at the last step, and the
     # last step's compute on the way home.
     assert (len(free), len(keys)) == (10, 14)
+
+
+def test_context_ring_runs_where_a_pipeline_stage_is_idle():
+    """Under a condition that differs between stages, inside their `shard_map`."""
+    q, k, v, g, tokens = arrays(4, 2)
+    layout = layout_of("ring", "contiguous", pipeline=2, context=2)
+
+    def stage(q, k, v, g, tokens):
+        here = jax.lax.axis_index("pipeline") == 0
+        args = jax.tree.map(
+            lambda x: jax.lax.pcast(x, ("pipeline",), to="varying"), (q, k, v, g, tokens)
+        )
+        outs = jax.lax.cond(
+            here, lambda a: plain(*a), lambda a: (a[0] * 0, a[0] * 0, a[1] * 0, a[2] * 0), args
+        )
+        return jax.tree.map(lambda x: x[None], outs)
+
+    @jax.jit
+    def run(*args):
+        with use_layout(layout):
+            return jax.shard_map(
+                stage,
+                mesh=layout.mesh,
+                in_specs=P(),
+                out_specs=P("pipeline"),
+                axis_names={"pipeline"},
+            )(*args)
+
+    for ours, theirs in zip(run(q, k, v, g, tokens), plain(q, k, v, g, tokens), strict=True):
+        np.testing.assert_allclose(ours[0], theirs, atol=5e-6)
+        assert not np.any(ours[1])

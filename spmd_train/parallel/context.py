@@ -37,7 +37,14 @@ from spmd_train.parallel.blockwise import (
 )
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
 from spmd_train.parallel.placement import Placement, RingStep, Tiles, stacked
-from spmd_train.parallel.rules import axes_of, current_layout, dims_of, manual_axes, to_spec
+from spmd_train.parallel.rules import (
+    axes_of,
+    current_layout,
+    current_platform,
+    dims_of,
+    manual_axes,
+    to_spec,
+)
 from spmd_train.parallel.sequence import check_heads, check_sequence
 
 QKV = tuple[jax.Array, ...]
@@ -92,7 +99,9 @@ def attend_split(
     # Where a device's query heads do not go with its key heads, heads are left to XLA.
     heads = q_dims[2] if q_dims[2] == k_dims[2] else ()
     kv_copies = max(1, layout.size(axes) // (k_BTGK.shape[2] // layout.size(heads)))
-    split = _Split(axes, placement, Scoring(softcap, window, placement.tile), kv_copies)
+    by_groups = current_platform() == "cpu" and "pipeline" in manual_axes()
+    scoring = Scoring(softcap, window, placement.tile)
+    split = _Split(axes, placement, scoring, kv_copies, by_groups)
     spec = to_spec([q_dims[0], axes, heads])
     token_spec = to_spec([q_dims[0], axes])
     qkv_specs = (spec, spec, spec)
@@ -139,18 +148,25 @@ class _Split:
         scoring: how a query weighs a key.
         kv_copies: ulysses: each key head is sent so often. With fewer key heads than devices, so
             each device has the one that its query heads look at.
+        by_groups: the ring sends by all-gathers. XLA's CPU runtime lets every device of the mesh
+            wait for a permutation, also those whose pipeline stage is idle and takes no part; an
+            all-gather is its group's alone.
     """
 
     axes: tuple[str, ...]
     placement: Placement
     scoring: Scoring
     kv_copies: int
+    by_groups: bool
 
     def send(self, tree: Any, *, distance: int) -> Any:
         """Gives each device what the one `distance` before it in the ring has; 0: its own."""
         if not distance:
             return tree
         c = self.placement.num_devices
+        if self.by_groups:
+            source = (jax.lax.axis_index(self.axes) - distance) % c
+            return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axes)[source], tree)
         return jax.lax.ppermute(tree, self.axes, [(i, (i + distance) % c) for i in range(c)])
 
     def go_round(self, step: Callable[..., Any], carry: Any) -> Any:
