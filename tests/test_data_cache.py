@@ -79,8 +79,9 @@ def test_cache_is_built_once(corpus, caplog, monkeypatch):
 
 
 def test_cache_serves_the_same_files_elsewhere(corpus, tmp_path, caplog):
-    first = open_stream(corpus)
     caplog.set_level(logging.INFO)
+    first = open_stream(corpus)
+    caplog.clear()
     (tmp_path / "files").rename(tmp_path / "moved")
     moved = DataConfig(**{**vars(corpus), "path": f"{tmp_path}/moved/*.txt"})
     assert open_stream(moved).path == first.path

@@ -94,11 +94,15 @@ def test_inspect_shardings_tells_every_reason():
 def test_inspect_shardings_of_70b_allocates_and_compiles_nothing(capsys):
     held = {id(array) for array in jax.live_arrays()}
     events = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+
+    def listen(name, *_, **__):
+        events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         code = main(["inspect", "shardings", f"--config={CONFIGS / 'llama3_70b.py'}", "--json"])
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     answer = json.loads(capsys.readouterr().out)
     assert code == 0
     assert answer["num_parameters"] == 70_553_706_496

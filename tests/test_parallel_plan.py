@@ -34,18 +34,18 @@ def plan(mesh=ALL2, **kwargs):
 def test_plan_gives_each_leaf_its_spec_and_reason() -> None:
     plans = plan()
     told = {path: (p.spec, p.reason) for path, p in plans.items() if path.startswith("params/")}
-    layers = "rules layers->pipeline"  # an axis of size 1 here
-    kv = (P(None, "fsdp", "tensor"), f"{layers}, embed->fsdp, kv_heads->tensor")
-    query = (P(None, "fsdp", "tensor"), f"{layers}, embed->fsdp, heads->tensor")
-    out = (P(None, "tensor", None, "fsdp"), f"{layers}, heads->tensor, embed->fsdp")
-    up = (P(None, "fsdp", "tensor"), f"{layers}, embed->fsdp, mlp->tensor")
-    down = (P(None, "tensor", "fsdp"), f"{layers}, mlp->tensor, embed->fsdp")
+    norm = (P(), "rules: replicated")
+    kv = (P(None, "fsdp", "tensor"), "rules embed->fsdp, kv_heads->tensor")
+    query = (P(None, "fsdp", "tensor"), "rules embed->fsdp, heads->tensor")
+    out = (P(None, "tensor", None, "fsdp"), "rules heads->tensor, embed->fsdp")
+    up = (P(None, "fsdp", "tensor"), "rules embed->fsdp, mlp->tensor")
+    down = (P(None, "tensor", "fsdp"), "rules mlp->tensor, embed->fsdp")
     assert told == {
         "params/embedding/table": (P("tensor", "fsdp"), "rules vocab->tensor, embed->fsdp"),
         "params/head/kernel": (P("fsdp", "tensor"), "rules embed->fsdp, vocab->tensor"),
-        "params/final_norm/scale": (P(), "rules: replicated"),
-        "params/blocks/attention_norm/scale": (P(), layers),
-        "params/blocks/mlp_norm/scale": (P(), layers),
+        "params/final_norm/scale": norm,
+        "params/blocks/attention_norm/scale": norm,
+        "params/blocks/mlp_norm/scale": norm,
         "params/blocks/attention/query/kernel": query,
         "params/blocks/attention/key/kernel": kv,
         "params/blocks/attention/value/kernel": kv,

@@ -23,7 +23,13 @@ from spmd_train.plan.trace_cost import trace_cost
 
 TINY = f"--config={pathlib.Path(__file__).parent.parent / 'configs' / 'lm_tiny.py'}"
 SMALL = {
-    "model": {"num_layers": 4, "embed_dim": 64, "mlp_dim": 128, "vocab_size": 256},
+    "model": {
+        "num_layers": 4,
+        "embed_dim": 64,
+        "mlp_dim": 128,
+        "vocab_size": 256,
+        "scan_unroll": 1,
+    },
     "data": {"sequence_length": 64},
     "train": {"global_batch_size": 16},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
