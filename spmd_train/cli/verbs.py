@@ -386,6 +386,26 @@ VERBS: tuple[Verb, ...] = (
         uses_devices=False,
     ),
     Verb(
+        words=("report",),
+        module="spmd_train.cli.report",
+        summary="where a run's time went, as text and as one HTML page",
+        about="Adds up goodput.jsonl over all attempts of a run: training, waiting, evaluation, "
+        "saves, starts, work done again, time when nothing ran. Writes a page with the loss curve, "
+        "the throughput and the restarts.",
+        example="spmd-train report --workdir=runs/tiny",
+        flags=(
+            WORKDIR,
+            Flag(
+                name="html",
+                metavar="FILE",
+                type=_file,
+                help="where to write the page (default: WORKDIR/report.html)",
+            ),
+            JSON,
+        ),
+        uses_devices=False,
+    ),
+    Verb(
         words=("launch",),
         module="spmd_train.cli.launch",
         summary="local processes, supervised and restarted",

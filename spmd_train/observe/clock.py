@@ -45,6 +45,8 @@ class StepClock:
         self._first_step = start_step + 1
         self._dispatched = start_step
         self._compile_seconds: float | None = None
+        self._born = now()
+        self._all_waited = self._all_paused = self._all_devices = 0.0
         self._restart(finished=start_step)
 
     def _restart(self, *, finished: int) -> None:
@@ -60,7 +62,9 @@ class StepClock:
         try:
             yield
         finally:
-            self._waited += self._now() - begin
+            seconds = self._now() - begin
+            self._waited += seconds
+            self._all_waited += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -72,7 +76,22 @@ class StepClock:
         try:
             yield
         finally:
-            self._paused += self._now() - begin
+            seconds = self._now() - begin
+            self._paused += seconds
+            self._all_paused += seconds
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the wait for a step's metrics, and so for the devices."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._all_devices += self._now() - begin
+
+    def totals(self) -> tuple[float, float, float]:
+        """Seconds since the beginning: of steps, waiting for data, waiting for devices."""
+        return self._now() - self._born - self._all_paused, self._all_waited, self._all_devices
 
     def step_done(self) -> None:
         """After each call of the train step: it is dispatched, perhaps not finished."""

@@ -60,7 +60,9 @@ def run_loop(
         if pending is not None:
             step, metrics = pending
             pending = None
-            events.stepped(step, jax.device_get(metrics))
+            with clock.reading():
+                values = jax.device_get(metrics)
+            events.stepped(step, values)
 
     for step in range(start_step + 1, num_steps + 1):
         with clock.waiting():
