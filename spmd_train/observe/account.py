@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _STARTS = ("init", "restore", "compile")
-KINDS = ("train", "data_wait", "eval", "save", "check", *_STARTS, "wasted", "down")
+KINDS: tuple[str, ...] = ("train", "data_wait", "eval", "save", "check", *_STARTS, "wasted", "down")
 """What the wall time went into: `wasted` is work that was done again, `down` when nothing ran."""
 
 # Starting again is a cost of its own; only what the steps themselves took can be lost with them.
@@ -90,7 +90,7 @@ def account(lines: Sequence[Mapping[str, Any]]) -> Account:
     Returns:
         The account.
     """
-    seconds = dict.fromkeys(KINDS, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     attempts: list[Attempt] = []
     work: list[_Work] = []
     saves: list[float] = []
