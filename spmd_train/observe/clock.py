@@ -14,10 +14,13 @@ class StepClock:
         for step in range(start + 1, num_steps + 1):
             with clock.waiting():
                 batch = next(batches)
-            state, metrics = train_step(state, batch)
+            with clock.devices():
+                state, metrics = train_step(state, batch)
             clock.step_done()
             if due:
-                values = {**to_host(metrics_before), **clock.read(step - 1)}
+                with clock.devices():
+                    values = to_host(metrics_before)
+                values |= clock.read(step - 1)
             with clock.paused():
                 evaluate(...)
 
@@ -81,8 +84,8 @@ class StepClock:
             self._all_paused += seconds
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Around the wait for a step's metrics, and so for the devices."""
+    def devices(self) -> Iterator[None]:
+        """Around what waits for the devices: metrics, and dispatch while their queue is full."""
         begin = self._now()
         try:
             yield
