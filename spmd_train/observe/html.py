@@ -14,8 +14,8 @@ COLORS = (
     "#6b6b6b",
     "#3c8a86",
     "#8a7a2f",
-    "#a40000",
     "#d9b44a",
+    "#a40000",
     "#c4c4c4",
 )
 _STYLE = """
@@ -62,6 +62,8 @@ def stacked_bar(values: Mapping[str, float], *, whole: float, unit: str) -> Iter
     """
     yield "<div class='bar'>"
     for color, (name, value) in zip(COLORS, values.items(), strict=False):
+        if not value:
+            continue
         shown, digits = html.escape(name), 0 if value >= 100 else 2
         yield (
             f"<span style='width:{100 * value / (whole or 1):.2f}%;background:{color}' "
@@ -83,7 +85,7 @@ def line_chart(
         marks: where x has a dashed vertical line.
         x_label: of the x axis.
     """
-    drawn = {n: _thinned(points) for n, points in series.items()}
+    drawn = {name: _thinned(points) for name, points in series.items() if points}
     flat = [point for points in drawn.values() for point in points if math.isfinite(point[1])]
     if not flat:
         yield "<p>Nothing was measured yet.</p>"
