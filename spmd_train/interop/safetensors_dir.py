@@ -86,7 +86,9 @@ def _files(hf_dir: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ConfigError(f"{index}: no index of safetensors files: {repr(error)[:200]}") from error
     if outside:
-        raise ConfigError(f"{index}: names {str(sorted(outside))[:200]}, which are no files of {hf_dir}")
+        raise ConfigError(
+            f"{index}: names {str(sorted(outside))[:200]}, which are no files of {hf_dir}"
+        )
     return [hf_dir / name for name in sorted(names)]
 
 
