@@ -115,7 +115,7 @@ WORKDIR = Flag(
     metavar="DIR",
     type=_folder,
     required=True,
-    help="the run's folder: config.json, checkpoints/, metrics.jsonl, tensorboard/",
+    help="the run's folder: config.json, checkpoints/, metrics.jsonl, goodput.jsonl, tensorboard/",
 )
 SIMULATE_DEVICES = Flag(
     name="simulate_devices",

@@ -98,7 +98,10 @@ class Goodput:
         """The attempt goes on from a step: fresh, restored, or rolled back to."""
         self._step = self._first = step
         if self._path is not None and self._handle is None:
-            self._open(self._path)
+            try:
+                self._open(self._path)
+            except OSError as error:
+                log.warning("%s cannot be written: %s", self._path, error)
         self.write(begin=step)
 
     def stepped(self, step: int) -> None:

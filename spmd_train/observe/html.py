@@ -16,7 +16,7 @@ COLORS = (
     "#8a7a2f",
     "#d9b44a",
     "#a40000",
-    "#c4c4c4",
+    "#9a9a9a",
 )
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
@@ -33,7 +33,7 @@ pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.8rem}
 .no{color:#a40000;font-weight:600}.yes{color:#1a6b1a;font-weight:600}
 svg{width:100%;height:auto;font:11px system-ui,sans-serif}
 """
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 900, 260, 64, 24, 8
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 900, 260, 64, 20, 24, 8
 _MOST_POINTS = 800
 
 
@@ -94,7 +94,7 @@ def line_chart(
     y_low, y_high = _range([y for _, y in flat])
 
     def at_x(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - 8)
+        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
 
     def at_y(y: float) -> float:
         return _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _BOTTOM - _TOP)
@@ -102,7 +102,7 @@ def line_chart(
     yield f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>"
     for y in _ticks(y_low, y_high):
         yield (
-            f"<path d='M{_LEFT} {at_y(y):.1f}H{_WIDTH - 8}' stroke='#e2e2e2'/>"
+            f"<path d='M{_LEFT} {at_y(y):.1f}H{_WIDTH - _RIGHT}' stroke='#e2e2e2'/>"
             f"<text x='{_LEFT - 6}' y='{at_y(y) + 4:.1f}' text-anchor='end'>{_short(y)}</text>"
         )
     for x in _ticks(x_low, x_high):
@@ -131,7 +131,7 @@ def line_chart(
                 if math.isfinite(y):
                     yield f"<circle cx='{at_x(x):.1f}' cy='{at_y(y):.1f}' r='2.5' fill='{color}'/>"
         yield (
-            f"<text x='{_WIDTH - 12}' y='{_TOP + 12 + 14 * i}' text-anchor='end' "
+            f"<text x='{_WIDTH - _RIGHT - 4}' y='{_TOP + 12 + 14 * i}' text-anchor='end' "
             f"fill='{color}'>{html.escape(name)}</text>"
         )
     yield "</svg>"
