@@ -22,8 +22,16 @@ HOSTS = ["host-a"]
 
 @pytest.fixture(scope="module")
 def trained():
-    program = program_of({"data": 2, "fsdp": 2, "tensor": 2})
-    return ReplicaCheck(program.abstract_state, hosts=HOSTS), program.init(0)
+    """A state on data2 x fsdp2 x tensor2, of numbers that nothing is compiled for."""
+    state = program_of({"data": 2, "fsdp": 2, "tensor": 2}).abstract_state
+    rng = np.random.default_rng(0)
+    made = jax.tree.map(
+        lambda leaf: jax.device_put(
+            (100 * rng.normal(size=leaf.shape)).astype(leaf.dtype), leaf.sharding
+        ),
+        state,
+    )
+    return ReplicaCheck(state, hosts=HOSTS), made
 
 
 def with_flip(array, *, device, bit, at=0):
@@ -86,9 +94,15 @@ def test_replicas_without_copies_need_no_check():
 
 
 def test_replicas_bad_state_ends_the_run_unsaved(tmp_path, monkeypatch, caplog):
-    """The check comes before each save; the checkpoint before stays the newest."""
-    words = faults.command(tmp_path / "run", devices=0, train__num_steps=12)
-    words += ["--config.train.checkpoint_every=4", "--config.mesh.data=8"]
+    """The check comes before each save, and passes where nothing was done to the state."""
+    words = faults.command(
+        tmp_path / "run",
+        devices=0,
+        train__num_steps=12,
+        train__checkpoint_every=4,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+    )
     real = running.Run._paused
 
     def paused(self, step, state):
