@@ -50,9 +50,6 @@ SEQUENCE_SHARDED = ShardingConfig(rules={"residual_sequence": "tensor"})
 
 Arrays = Mapping[str, np.ndarray]
 
-# The machine code may be slow: half the time to compile. What XLA does before is the same.
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 def program_of(
     mesh: Mapping[str, int],
@@ -173,10 +170,10 @@ def stderr_of_xla() -> Iterator[list[str]]:
 
 
 def compile_step(program: Program) -> tuple[jax.stages.Compiled, str]:
-    """The train step, quickly compiled, and what XLA logged."""
+    """The train step, and what XLA logged."""
     lowered = program.lower_train_step()
     with no_compilation_cache(), stderr_of_xla() as log:
-        compiled = lowered.compile(compiler_options=QUICK)
+        compiled = lowered.compile()
     return compiled, log[0]
 
 

@@ -247,6 +247,22 @@ def test_parity_of_rules_of_ones_own(name: str) -> None:
     check_learning(program, step, reference(model, LossConfig(), "packed"))
 
 
+@pytest.mark.parametrize("chunk_tokens", [0, 8])
+def test_parity_bfloat16_compute_stays_near_float32(chunk_tokens: int) -> None:
+    """bfloat16 has 3 digits, and XLA's CPU compiler aborts on some sums of it over devices."""
+    program = program_of(
+        MESHES["data2_fsdp2_tensor2"],
+        model=dataclasses.replace(MODEL, compute_dtype="bfloat16"),
+        loss=LossConfig(chunk_tokens=chunk_tokens),
+        sharding=SEQUENCE_SHARDED,
+        grad_accumulation=2,
+    )
+    batches, first, wanted, _ = reference(MODEL, LossConfig(), "packed")
+    step, _ = compile_step(program)
+    losses, _ = run_steps(program, batches, state=put_state(program, first), step=step)
+    assert 0 < np.abs(losses - wanted).max() < 0.02
+
+
 def test_parity_sees_what_xla_copies_whole_to_reshard_it() -> None:
     """The warning that the proofs above look for is there when it should be."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
