@@ -47,7 +47,7 @@ class Checkpointer:
         self._saving: _Save | None = None
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                # Weights and moments hardly compress, and zstd takes five times the CPU of writing them.
+                # Weights hardly compress, and zstd takes five times the CPU of writing them.
                 state=ocp.PyTreeCheckpointHandler(use_compression=False),
                 meta=ocp.JsonCheckpointHandler(),
             )
