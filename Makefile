@@ -38,6 +38,8 @@ lint: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck scripts/*.sh scripts/slurm.sbatch .ci/run
+	$(BIN)/python scripts/check_k8s.py scripts/k8s/*.yaml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .
