@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterator, Mapping
 
 from spmd_train.inspect.collectives import collective_summary
+from spmd_train.inspect.schedule import schedule_svg
 from spmd_train.plan.answer import Plan
 from spmd_train.plan.document import format_plan
 
@@ -20,6 +21,7 @@ table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .8rem .2rem 0
 td.n{text-align:right;font-variant-numeric:tabular-nums}
 .row{display:grid;grid-template-columns:9rem 1fr 8rem;gap:.6rem;align-items:center;margin:.2rem 0}
 .row div{background:#f2f2f2}.row i{display:block;height:1.1rem}
+.wide{overflow-x:auto}
 pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.8rem}
 .no{color:#a40000;font-weight:600}.yes{color:#1a6b1a;font-weight:600}
 """
@@ -27,7 +29,7 @@ _COLORS = ("#2f5d8a", "#5b8a3c", "#b0722b", "#8a4f7d", "#6b6b6b")
 
 
 def as_html(plan: Plan) -> str:
-    """The page: memory, collectives by mesh axis, roofline, and the plan's text."""
+    """The page: memory, collectives by axis, roofline, a pipeline's schedule, the plan's text."""
     title = f"Plan for {plan.target.text}"
     verdict = (
         '<span class="yes">fits</span>' if plan.fits else '<span class="no">does not fit</span>'
@@ -39,6 +41,7 @@ def as_html(plan: Plan) -> str:
         *_memory(plan),
         *_network(plan),
         *_roofline(plan),
+        *_schedule(plan),
         "<h2>All of it</h2><pre>" + html.escape("\n".join(format_plan(plan))) + "</pre>",
     ]
     return (
@@ -86,11 +89,25 @@ def _network(plan: Plan) -> Iterator[str]:
 def _roofline(plan: Plan) -> Iterator[str]:
     times = plan.roofline
     parts = {"matmuls": times.compute, "memory": times.hbm, "ICI": times.ici, "DCN": times.dcn}
+    if times.bubble:
+        parts["waits for stages"] = times.bubble
     known = {name: 1000 * seconds for name, seconds in parts.items() if seconds is not None}
     if not known:
         return
     yield "<h2>Roofline: the least time of a step, by what is busy</h2>"
     yield from _bars(known | ({"step": 1000 * times.step} if times.step else {}), "ms")
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    if plan.schedule is None:
+        return
+    yield "<h2>Pipeline: what each stage does, time to the right</h2><div class='wide'>"
+    yield schedule_svg(plan.schedule)
+    yield (
+        "</div><p>F: a microbatch forward; B: backward, with the forward pass made again; W: "
+        "weight gradients; grey: the stage waits. A number is the microbatch, a ' the second "
+        "chunk.</p>"
+    )
 
 
 def _bars(values: Mapping[str, float], unit: str) -> Iterator[str]:
