@@ -20,6 +20,7 @@ from spmd_train.config import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    PipelineConfig,
     ScheduleConfig,
     ShardingConfig,
     TrainConfig,
@@ -64,6 +65,7 @@ def program_of(
     sharding: ShardingConfig = ShardingConfig(),  # noqa: B008
     train: TrainConfig = TRAIN,
     context: ContextConfig = ContextConfig(),  # noqa: B008
+    pipeline: PipelineConfig = PipelineConfig(),  # noqa: B008
     length: int = LENGTH,
     **train_changes: Any,
 ) -> Program:
@@ -77,6 +79,7 @@ def program_of(
         optimizer=optimizer,
         train=dataclasses.replace(train, **train_changes),
         context=context,
+        pipeline=pipeline,
     )
 
 

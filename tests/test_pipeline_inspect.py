@@ -53,6 +53,6 @@ def test_pipeline_inspect_needs_stages(capsys):
 )
 def test_pipeline_stages_hold_every_layer_once(num_layers, devices, chunks, sizes):
     stages = make_stages(num_layers, num_devices=devices, num_chunks=chunks)
-    assert stages.sizes == sizes
+    assert list(stages.sizes) == sizes
     held = stages.layers[stages.layers >= 0]
     assert sorted(held.tolist()) == list(range(num_layers))

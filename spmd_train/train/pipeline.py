@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import ConfigError, PipelineConfig, ShardingConfig, TrainConfig
 from spmd_train.parallel import stages as stages_lib
-from spmd_train.parallel.rules import Layout, axes_of, dims_of, leaf_path, to_spec, vary
+from spmd_train.parallel.rules import (
+    Layout,
+    axes_of,
+    compute_dtype,
+    dims_of,
+    leaf_path,
+    to_spec,
+    vary,
+)
 from spmd_train.parallel.schedule_table import Schedule
 from spmd_train.parallel.schedules import make_schedule
 from spmd_train.parallel.stages import AXIS, Stages
 from spmd_train.tasks import Batch, LayeredTask, Task
-from spmd_train.train.state import FunctionalModel, Params
+from spmd_train.train.state import FunctionalModel, Params, join
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +63,72 @@ class Pipeline:
         names = ("replica", "data", "fsdp") if self.gather == "step" else ("replica", "data")
         return AXIS, *(a for a in self.layout.axes("batch") if a in names)
 
-    def hand_dims(self, path: Any) -> stages_lib.Dims:
-        """Mesh axes by hand of each dim of a leaf."""
+    def _moved_dim(self, path: Any) -> int | None:
+        """The dim that a leaf has over `pipeline` and an axis that stays with XLA."""
         planned = self.layout.param_specs[leaf_path(path)]
-        return stages_lib.by_hand(dims_of(planned, ndim=len(planned)), self.hand)
+        for i, dim in enumerate(dims_of(planned, ndim=len(planned))):
+            by_layers = i == 0 and self.is_stacked(path)
+            if not by_layers and dim[-1:] == (AXIS,) and set(dim) - set(self.hand):
+                return i
+        return None
+
+    def _loop_dims(self, path: Any) -> stages_lib.Dims:
+        """Mesh axes of each dim of a leaf as it comes to the loop."""
+        planned = self.layout.param_specs[leaf_path(path)]
+        dims = dims_of(planned, ndim=len(planned))
+        if self._moved_dim(path) is None:
+            return dims
+        dims = [tuple(a for a in dim if a != AXIS) for dim in dims]
+        return [(AXIS,), *dims[1:]] if self.is_stacked(path) else dims
+
+    def _move(self, f: Callable[..., jax.Array], path: Any, w: jax.Array, *, back: bool) -> Any:
+        """`f(shard, dim)` on a stacked leaf that comes to its stages before the loop.
+
+        What is not stacked comes to all of them.
+        """
+        dim = self._moved_dim(path)
+        if dim is None:
+            return w
+        planned, specs = self.layout.param_specs[leaf_path(path)], to_spec(self._loop_dims(path))
+        mesh = self.layout.mesh
+        if not self.is_stacked(path):
+            to = NamedSharding(mesh, planned if back else specs)
+            return jax.lax.with_sharding_constraint(w, to)
+        return jax.shard_map(
+            functools.partial(f, dim=dim),
+            mesh=mesh,
+            in_specs=specs if back else planned,
+            out_specs=planned if back else specs,
+            axis_names=set(axes_of(planned)),
+        )(w)
+
+    def to_stages(self, params: Params) -> Params:
+        """Parameters as they come to the loop, outside of it."""
+        dtype, layers = jnp.dtype(self.task.compute_dtype), self.stages.layers
+
+        def one(path: Any, w: jax.Array) -> jax.Array:
+            if self._moved_dim(path) is not None:
+                stacked = self.is_stacked(path)
+                w = w.astype(compute_dtype(leaf_path(path), w, dtype, stacked=stacked))
+            move = functools.partial(stages_lib.to_stages, all_layers=layers)
+            return self._move(move, path, w, back=False)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    def from_stages(self, grads: Params) -> Params:
+        """Gradients as planned, from how the loop leaves them."""
+        move = functools.partial(
+            stages_lib.from_stages,
+            all_layers=self.stages.layers,
+            num_layers=self.stages.num_layers,
+        )
+        return jax.tree_util.tree_map_with_path(
+            lambda path, g: self._move(move, path, g, back=True), grads
+        )
+
+    def hand_dims(self, path: Any) -> stages_lib.Dims:
+        """Mesh axes by hand of each dim of a leaf as it comes to the loop."""
+        return stages_lib.by_hand(self._loop_dims(path), self.hand)
 
     def is_stacked(self, path: Any) -> bool:
         """Whether a leaf holds layers."""
@@ -65,9 +136,7 @@ class Pipeline:
 
     def _auto_dims(self, path: Any, *, whole: bool) -> stages_lib.Dims:
         """What XLA shards of a leaf; of a whole stacked one, [V, N, ...]."""
-        planned = self.layout.param_specs[leaf_path(path)]
-        dims = dims_of(planned, ndim=len(planned))
-        dims = [tuple(a for a in dim if a not in self.hand) for dim in dims]
+        dims = [tuple(a for a in dim if a not in self.hand) for dim in self._loop_dims(path)]
         return [(), (), *dims[1:]] if whole and self.is_stacked(path) else dims
 
     def _on_shards(
@@ -113,10 +182,11 @@ class Pipeline:
         def operands(params: Params, batch: Batch) -> Any:
             model = self.model.merge(params)
             x = self.task.embed(model, batch, key=None)
-            return self.task.run_layers(model, x, batch, key=None, taps={})[1]
+            return self.task.run_layers(model, x, batch, key=None, taps={}).operands
 
         batch = self.task.batch_shapes(rows)
-        shapes = jax.tree.leaves(jax.eval_shape(operands, self.model.abstract_params, batch))
+        variables = join(self.model.abstract_params, self.model.abstract_model_state)
+        shapes = jax.tree.leaves(jax.eval_shape(operands, variables, batch))
         layers = max(self.stages.sizes), self.stages.num_layers
         return slots * sum(s.size * s.dtype.itemsize for s in shapes) * layers[0] // layers[1]
 
@@ -126,7 +196,7 @@ class Pipeline:
 
         def one(path: Any, w: jax.Array, layers: jax.Array | None) -> jax.Array:
             stacked = layers is not None
-            w = w.astype(dtype) if w.ndim - stacked >= 2 else w
+            w = w.astype(compute_dtype(leaf_path(path), w, dtype, stacked=stacked))
             dims, every = self.hand_dims(path), self.stages.layers
             w = stages_lib.gather(w, dims, own_layers=layers, all_layers=every)
             return w.reshape(*every.shape[1:], *w.shape[1:]) if stacked else w
@@ -192,6 +262,8 @@ def _make_stages(task: Task, mesh: Mesh, config: PipelineConfig) -> Stages:
         task.num_layers,
         num_devices=mesh.shape[AXIS],
         num_chunks=config.resolved_virtual_stages,
+        balance=config.balance,
+        head_layers=task.head_layers,
     )
 
 
@@ -258,16 +330,15 @@ def _check_leaf(path: str, dims: stages_lib.Dims, pipe: Pipeline) -> None:
             f"{stages.num_chunks} chunks each); shard another dim of it over {AXIS}, or none"
         )
     for i, dim in enumerate(dims):
-        ours = [a for a in dim if a in pipe.hand]
+        # A leaf that shares its last axis comes to the loop without it.
+        ours = [a for a in (dim[:-1] if dim[-1:] == (AXIS,) else dim) if a in pipe.hand]
         left = [a for a in dim if a not in pipe.hand]
         # Gathered over the outer of them, the inner ones' parts of the dim are no longer in order.
         if ours and left:
             raise ConfigError(
                 f"pipeline.gather: {pipe.gather!r} leaves {'+'.join(left)} to XLA, but dim {i} of "
                 f"{path} is on {'+'.join(dim)}, of which the pipeline gathers {'+'.join(ours)}; "
-                "set pipeline.gather to step, or let stages be even parts in order (a schedule "
-                f"other than interleaved, and model.num_layers = {stages.num_layers} a multiple "
-                f"of mesh.pipeline = {stages.num_devices}), or change sharding.rules"
+                "set pipeline.gather to step, or change sharding.rules"
             )
 
 

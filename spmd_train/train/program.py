@@ -168,7 +168,8 @@ def make_program(
                 return task.loss(model.merge(variables), microbatch, key=key)
 
             if pipe is not None:
-                grads, sums, _ = pipelined_gradients(pipe, state.params, batch, key=key)
+                variables = join(state.params, state.model_state)
+                grads, sums, _ = pipelined_gradients(pipe, variables, batch, key=key)
             else:
                 grads, sums = sum_gradients(
                     loss,
@@ -198,9 +199,10 @@ def make_program(
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
+            batch = placed(batch)
             if pipe is not None:
                 return _metrics(pipelined_sums(pipe, params, batch))
-            return _metrics(task.loss(model.merge(params), placed(batch), key=None))
+            return _metrics(task.loss(model.merge(params), batch, key=None))
 
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
