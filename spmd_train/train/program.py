@@ -31,7 +31,8 @@ from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layou
 from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
-from spmd_train.train.pipeline import Pipeline, make_pipeline, pipeline_rules
+from spmd_train.train.make_pipeline import make_pipeline, pipeline_rules
+from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.state import FunctionalModel, Params, TrainState, join
 from spmd_train.train.ticks import pipelined_gradients, pipelined_sums
 
@@ -110,7 +111,7 @@ def make_program(
     """
     model = FunctionalModel(task)
     pipeline = pipeline or PipelineConfig()
-    rules = pipeline_rules(make_rules(sharding), sharding, pipeline, task=task, mesh=mesh)
+    rules = pipeline_rules(make_rules(sharding), sharding, pipeline, model=model, mesh=mesh)
     param_plans = plan_params(
         model.abstract_params,
         model.logical_axes,
