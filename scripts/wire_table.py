@@ -29,16 +29,14 @@ from spmd_train.config import (
     TrainConfig,
 )
 from spmd_train.inspect.collectives import count_collectives
-from spmd_train.inspect.context import layer_bytes
 from spmd_train.parallel.mesh import make_mesh
-from spmd_train.parallel.placement import Placement
 from spmd_train.parallel.rules import leaf_path
 from spmd_train.tasks import LanguageModel
 from spmd_train.train.program import make_program
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = ModelConfig(num_layers=4, embed_dim=128, num_heads=8, mlp_dim=256, vocab_size=512)
-EXPERTS = MoEConfig(num_experts=8, top_k=2, expert_mlp_dim=128)
+EXPERTS = MoEConfig(num_experts=16, top_k=2, expert_mlp_dim=64)
 LENGTH, BATCH = 128, 16
 FLOAT = 4
 LIMIT = 1.1
@@ -170,7 +168,7 @@ def terms_of(row, program):
             terms.append(Term("all-gather", "(n-1)/n (4 L + 2) A", ring * gathered))
         return terms
     if row.axis == "context":
-        return [*context_terms(row, program), everything]
+        return [*context_terms(row), everything]
     if row.axis == "expert":
         return [*expert_terms(row, stream / n), shared_term(p, twice)]
     schedule = program.pipeline.schedule
@@ -182,38 +180,38 @@ def terms_of(row, program):
     ]
 
 
-def context_terms(row, program):
-    method = row.context.method
-    placement = Placement(name=row.context.placement, num_devices=row.size, length=LENGTH)
-    forward, backward = layer_bytes(MODEL, program.layout, placement, rows=BATCH)
-    op = {"ring": "collective-permute", "all_gather": "all-gather", "ulysses": "all-to-all"}[method]
-    keys = {
-        "ring": "L (2(n-1) (K + ids) + n dK)",
-        "all_gather": "L (n-1) (2 (K + ids) + dK)",
-        "ulysses": "L ((n-1)/n (2 (Q + O + K) + row sums) + 2 (n-1) ids)",
-    }[method]
+def context_terms(row):
+    """K: a device's keys and values; dK: their gradients; ids: segments and positions."""
+    n, layers, tokens = row.size, MODEL.num_layers, BATCH * LENGTH // row.size
+    keys = queries = 2 * FLOAT * tokens * MODEL.num_heads * MODEL.resolved_head_dim
+    ids, sums = 2 * FLOAT * tokens, FLOAT * tokens * MODEL.num_heads
     # Tokens, targets, segments, positions and weights go to where zig-zag wants them.
-    placed = 5 * FLOAT * BATCH * LENGTH / row.size
-    return [
-        Term(op, keys, (forward + backward) * MODEL.num_layers),
-        Term("collective-permute", "5 numbers of a token", placed),
-    ]
+    placed = Term("collective-permute", "5 numbers of a token", 5 * FLOAT * tokens)
+    # Gathered ids are the same in all layers, and gathered once.
+    gathered = Term("all-gather", "(n-1) ids", (n - 1) * ids)
+    if row.context.method == "ring":
+        sent = layers * (2 * (n - 1) * (keys + ids) + n * keys)
+        return [Term("collective-permute", "L (2(n-1) (K + ids) + n dK)", sent), placed]
+    if row.context.method == "all_gather":
+        sent = layers * (n - 1) * keys
+        return [
+            Term("all-gather", "2 L (n-1) K", 2 * sent),
+            gathered,
+            Term("reduce-scatter", "L (n-1) dK", sent),
+            placed,
+        ]
+    sent = layers * (n - 1) / n * (2 * (queries + keys) + sums)
+    formula = "(n-1)/n L (2 (Q + O + K) + row sums)"
+    return [Term("all-to-all", formula, sent), gathered, placed]
 
 
 def expert_terms(row, stream):
     """Four ways: tokens there, outputs back, and so their gradients."""
     moe, n = row.moe, row.size
-    if moe.dispatch == "capacity":
-        factor, formula = moe.capacity_factor, "(n-1)/n L 4 capacity_factor top_k A"
-    else:
-        factor, formula = moe.exchange_factor, "(n-1)/n L 4 exchange_factor top_k A"
-    return [
-        Term(
-            "all-to-all",
-            formula,
-            (n - 1) / n * MODEL.num_layers * 4 * factor * moe.top_k * stream,
-        )
-    ]
+    name = "capacity_factor" if moe.dispatch == "capacity" else "exchange_factor"
+    factor = {"capacity": moe.capacity_factor, "dropless": moe.exchange_factor}[moe.dispatch]
+    sent = (n - 1) / n * MODEL.num_layers * 4 * factor * moe.top_k * stream
+    return [Term("all-to-all", f"(n-1)/n L 4 {name} top_k A", sent)]
 
 
 def shared_term(p, twice):
@@ -246,7 +244,7 @@ def lines_of(row):
         lines.append((row.name, op, formula, *figures(value, ops.pop(op, 0))))
     lines += [(row.name, op, "none", *figures(0, size)) for op, size in sorted(ops.items())]
     total = sum(term.value for term in terms)
-    sent = sum(counted_bytes for *_, counted_bytes, _ in [(*line[:3], *line[3:]) for line in lines])
+    sent = sum(size for *_, size, _ in lines)
     return lines, sent / total
 
 

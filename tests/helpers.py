@@ -231,12 +231,14 @@ def reference(
     return batches, first, losses, by_path((state.params, state.model_state))
 
 
-def check_learning(program: Program, step: Any, expected: Any) -> None:
+def check_learning(
+    program: Program, step: Any, expected: Any, *, loss_tolerance: float = LOSS_TOLERANCE
+) -> None:
     """Losses of five steps and all parameters after them are those of a `reference`."""
     batches, first, wanted_losses, wanted = expected
     state = put_state(program, first)
     losses, state = run_steps(program, batches, state=state, step=step)
-    np.testing.assert_allclose(losses, wanted_losses, rtol=0, atol=LOSS_TOLERANCE)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=0, atol=loss_tolerance)
     difference = largest_difference((state.params, state.model_state), wanted)
     assert difference[0] < PARAMS_TOLERANCE, difference
     start = by_path((first.params, first.model_state))

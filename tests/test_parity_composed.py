@@ -50,6 +50,10 @@ BIAS = MoEConfig(
     bias_update_speed=0.01,
 )
 
+# Twice the layers of `test_parity_layouts`, and sums in more orders: measured 5.8e-6 at a loss of
+# 4.3, with a ring's running softmax (context 2 x tensor 4).
+LOSS_TOLERANCE = 1e-5
+
 # What an axis must send, and what else it may. A sum may also go over several axes at one time.
 NEEDED = {
     "data": {"all-reduce"},
@@ -189,7 +193,8 @@ def check(case: Case) -> None:
     assert RESHARDED_WHOLE not in log, log
     check_shards(program, case)
     check_collectives(step.as_text(), program, case)
-    check_learning(program, step, reference(model, LossConfig(), case.kind, case.moe))
+    expected = reference(model, LossConfig(), case.kind, case.moe)
+    check_learning(program, step, expected, loss_tolerance=LOSS_TOLERANCE)
 
 
 def check_shards(program: Program, case: Case) -> None:
