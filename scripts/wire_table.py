@@ -52,7 +52,9 @@ compiler made of the step, loops multiplied out; what is sent without a formula 
 gradients, ids) is in the count.
 
 P: bytes of all parameters as float32, of which P_blocks, P_experts, P_embedding, P_head (matrices)
-and P_norms. A: bytes of the residual stream of a device's tokens. L: layers. M: microbatches.
+and P_norms. A: bytes of the residual stream of a device's tokens. L: layers. M: microbatches. K:
+bytes of a device's keys and values, dK of their gradients, Q and O of its queries and outputs, ids
+of its segments and positions. An exchange of dropless experts beyond the first is not counted.
 """
 
 

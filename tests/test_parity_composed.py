@@ -102,7 +102,7 @@ def pipelined(schedule: str = "1f1b", microbatches: int = 4, **keys: str) -> Pip
 
 QUICK = [
     Case(
-        mesh={"pipeline": 2, "expert": 2, "tensor": 2},
+        mesh={"pipeline": 2, "expert": 2, "context": 2},
         moe=BIAS,
         pipeline=pipelined("zero_bubble"),
         kind="ragged",
@@ -140,6 +140,12 @@ MORE = [
         kind="ragged",
     ),
     Case(mesh={"pipeline": 2, "expert": 2, "context": 2}, moe=CAPACITY, pipeline=pipelined()),
+    Case(
+        mesh={"pipeline": 2, "expert": 2, "tensor": 2},
+        moe=BIAS,
+        pipeline=pipelined("zero_bubble"),
+        kind="ragged",
+    ),
     Case(mesh={"pipeline": 2, "tensor": 2, "context": 2}, pipeline=pipelined("zero_bubble")),
     Case(
         mesh={"pipeline": 2, "tensor": 2, "context": 2},
