@@ -12,16 +12,40 @@ import pathlib
 import subprocess
 import sys
 
+from sections import write_section
+
 ROOT = pathlib.Path(__file__).parent.parent
 # Name, config, target, overrides. Batches as in issue 6's figures of MaxText where there are any.
 ROWS = (
+    ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "v5e:16x16", ("train.global_batch_size=256",)),
     (
         "Llama-2-7B, 4 x 2,048 tokens",
         "llama2_7b.py",
         "v5e:16x16",
         ("data.sequence_length=2048", "train.global_batch_size=1024"),
     ),
+    (
+        "Mixtral 8x7B, 1 x 8,192, experts 8",
+        "mixtral_8x7b.py",
+        "v5p:4x4x4",
+        ("train.global_batch_size=64",),
+    ),
+    (
+        "Llama-2-7B, pipeline 4, tensor 4",
+        "llama2_7b.py",
+        "v5p:4x4x4",
+        (
+            "train.global_batch_size=256",
+            "mesh.pipeline=4",
+            "mesh.tensor=4",
+            "mesh.fsdp=4",
+        ),
+    ),
+    ("Llama-3-70B, 1 x 8,192", "llama3_70b.py", "v5p:8x8x16", ("train.global_batch_size=1024",)),
     ("Llama-2-7B, 4 x 4,096", "llama2_7b.py", "v5p:4x4x4", ("train.global_batch_size=256",)),
+    ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "h100:4x8", ("train.global_batch_size=32",)),
+    ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x4", ("train.global_batch_size=128",)),
+    ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x8", ("train.global_batch_size=256",)),
     (
         "Llama-2-7B, 4 x 4,096, projections kept",
         "llama2_7b.py",
@@ -34,11 +58,6 @@ ROWS = (
         "v5p:4x4x4",
         ("train.global_batch_size=16", "mesh.fsdp=16", "mesh.tensor=4"),
     ),
-    ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "v5e:16x16", ("train.global_batch_size=256",)),
-    ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x4", ("train.global_batch_size=128",)),
-    ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x8", ("train.global_batch_size=256",)),
-    ("Llama-3-70B, 1 x 8,192", "llama3_70b.py", "v5p:8x8x16", ("train.global_batch_size=1024",)),
-    ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "h100:4x8", ("train.global_batch_size=32",)),
 )
 HEADS = (
     "config, per device",
@@ -53,6 +72,7 @@ HEADS = (
     "MFU",
     "bound",
     "compile s",
+    "commit",
 )
 
 
@@ -64,15 +84,16 @@ def main():
     parser.add_argument("--no_compile", action="store_true", help="only write the table")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, missing = [], []
     for name, config, target, overrides in ROWS:
         path = args.out / f"{row_name(config, target, overrides)}.json"
         if not path.exists() and not args.no_compile and target.startswith(args.only):
             compile_row(path, config, target, overrides)
         if path.exists():
             lines.append(cells(name, json.loads(path.read_text())))
-    args.table.parent.mkdir(parents=True, exist_ok=True)
-    args.table.write_text(page(lines))
+        else:
+            missing.append(f"{name} on {target}")
+    write_section(args.table, "The pod configs", section(lines, missing))
     print(args.table.read_text())
 
 
@@ -94,8 +115,15 @@ def compile_row(path, config, target, overrides):
         text=True,
     )
     if done.returncode not in (0, 3):
-        raise SystemExit(f"{path.name}: exit code {done.returncode}")
-    path.write_text(done.stdout)
+        # A compiler's fault in one row must not keep the others from the table.
+        print(f"{path.name}: exit code {done.returncode}", file=sys.stderr, flush=True)
+        return
+    path.write_text(json.dumps(json.loads(done.stdout) | {"commit": commit()}, indent=2))
+
+
+def commit():
+    words = ("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def cells(name, plan):
@@ -103,7 +131,7 @@ def cells(name, plan):
     mesh = " x ".join(f"{a} {n}" for a, n in plan["mesh"].items() if n > 1)
     if plan["compile_seconds"] is None:
         peak = f"{memory['peak_bytes'] / 2**30:.2f}, **does not fit**"
-        return (name, plan["target"], mesh, peak, *[""] * (len(HEADS) - 4))
+        return (name, plan["target"], mesh, peak, *[""] * (len(HEADS) - 5), plan["commit"])
     step, mfu = told["step_seconds"], told["mfu"]
     return (
         name,
@@ -118,20 +146,21 @@ def cells(name, plan):
         f"{mfu:.1%}" if mfu else "",
         told["bound"] or "",
         f"{plan['compile_seconds']:.0f}",
+        plan["commit"],
     )
 
 
-def page(lines):
+def section(lines, missing):
     table = [HEADS, ["---"] * len(HEADS), *lines]
     text = "\n".join("| " + " | ".join(line) + " |" for line in table)
-    return f"""# Plans
+    told = f"\n\nNot compiled yet: {'; '.join(missing)}." if missing else ""
+    return f"""Written by `make plan-table`: each row compiled by the target's own compiler on a
+machine without the hardware, at the commit that it names. Peak and temporary memory (of a device)
+and collectives are the compiler's; wire bytes are those of ring algorithms; step time and MFU are a
+roofline on data-sheet rates, the best that the program could do. The seconds of compiling depend on
+the machine.
 
-Written by `make plan-table`: the pod configs, each compiled by the target's own compiler on a
-machine without the hardware. Peak and temporary memory (of a device) and collectives are the
-compiler's; wire bytes are those of ring algorithms; step time and MFU are a roofline on data-sheet
-rates, the best that the program could do. The seconds of compiling depend on the machine.
-
-{text}
+{text}{told}
 """
 
 

@@ -12,7 +12,9 @@ from spmd_train import experiment
 from spmd_train.cli.main import main
 from spmd_train.config import MeshConfig, parse
 from spmd_train.inspect.collectives import Collective
+from spmd_train.parallel.schedules import SCHEDULES
 from spmd_train.plan import search as search_module
+from spmd_train.plan.candidates import Ticks
 from spmd_train.plan.compiled import CompiledStep, DoesNotFitError, compile_step
 from spmd_train.plan.hlo_cost import program_cost
 from spmd_train.plan.lints import find_lints
@@ -214,11 +216,10 @@ def test_plan_traced_flops_are_the_compiled_programs(remat):
     assert traced.flops / 8 == cost.flops
 
 
-def run_search(config, **changes):
-    target = parse_target("cpu:8")
+def run_search(config, *, target="cpu:8", **changes):
     return search(
         config,
-        target=target,
+        target=parse_target(target),
         devices=jax.devices(),
         build=experiment.build,
         options={},
@@ -260,6 +261,62 @@ def test_plan_search_does_not_compile_what_cannot_fit(monkeypatch):
     assert result.winner is None
     assert result.num_too_large == result.num_considered
     assert {row.plan for row in result.rows} == {None}
+
+
+def test_plan_search_tries_pipelines_and_says_what_they_wait_for(monkeypatch):
+    compiled = []
+
+    def note(program, *, options):
+        compiled.append(program.pipeline and program.pipeline.schedule.name)
+        raise jax.errors.JaxRuntimeError("INTERNAL: not now")
+
+    monkeypatch.setattr(search_module, "compile_step", note)
+    # Where the network is slow, few activations are less than all weights or all sums.
+    chip = {"flops": 1e12, "hbm_bandwidth": 1e13, "ici_bandwidth": 1e7}
+    config = small(
+        model={"mlp_dim": 1024},
+        train={"global_batch_size": 16},
+        data={"sequence_length": 16},
+        plan={"chip": chip | {"hbm_bytes": 1e12}},
+    )
+    result = run_search(config, target="h100:1x8")
+    assert compiled[0] in ("1f1b", "zero_bubble", "interleaved")
+    rows = [row for row in result.rows if row.candidate.ticks]
+    assert {row.candidate.ticks.schedule for row in rows} == set(SCHEDULES)
+    best = min(rows, key=lambda row: row.seconds).candidate
+    assert best.ticks.num_stages == best.mesh["pipeline"] == 4
+    assert best.overrides["pipeline.num_microbatches"] == best.ticks.num_microbatches >= 8
+    # With a fast network a stage's waiting is what it loses by.
+    fast = small(
+        model={"compute_dtype": "float32"},
+        plan={"chip": {k: 1e15 for k in chip} | {"flops": 1e9, "hbm_bytes": 1e12}},
+        train={"global_batch_size": 8},
+    )
+    result = run_search(fast, target="h100:1x8")
+    deep = [r for r in result.rows if r.candidate.ticks and r.candidate.ticks.schedule == "gpipe"]
+    assert deep and all("bubble: a stage waits" in row.verdict for row in deep)
+    one = Ticks("gpipe", 4, 8, 1)
+    assert one.bubble == pytest.approx(3 / 11)  # (P - 1) / (M + P - 1)
+
+
+def test_plan_of_a_pipeline_counts_its_units_and_its_bubble(answer, tmp_path):
+    words = ("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
+    words += ("--config.mesh.pipeline=4", "--config.pipeline.num_microbatches=8")
+    rates = ("--config.plan.chip.flops=1e10", "--config.plan.chip.hbm_bandwidth=1e12")
+    rates += ("--config.plan.chip.ici_bandwidth=1e15", f"--html={tmp_path / 'plan.html'}")
+    told = answer(*words, *rates)
+    layers, head = 6 * 4 * (4 * 64 * 64 + 3 * 64 * 128), 6 * 64 * 256
+    attention = 2 * 6 * 4 * 64 * 64  # Whole, not its causal half.
+    tokens = 16 * 64 / 2
+    # A stage has a layer, runs it once forward, once more and twice backward; the count is that of
+    # the last one, which has the head, but also of the first F, which is left out there.
+    expected = (layers + attention) / 4 * tokens * 4 / 3 + head * tokens
+    assert told["flops"]["program"] == pytest.approx(expected, rel=0.05)
+    seconds = told["details"]["seconds"]
+    share = seconds["bubble"] / (seconds["bubble"] + seconds["on_chip"])
+    assert share == pytest.approx(Ticks("1f1b", 4, 8, 1).bubble)
+    page = (tmp_path / "plan.html").read_text()
+    assert "<svg" in page and "stage 3" in page and "waits for stages" in page
 
 
 def _nested(overrides):

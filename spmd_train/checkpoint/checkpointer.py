@@ -47,7 +47,9 @@ class Checkpointer:
         self._saving: _Save | None = None
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+                # Weights hardly compress, and zstd takes five times the CPU of writing them.
+                state=ocp.PyTreeCheckpointHandler(use_compression=False),
+                meta=ocp.JsonCheckpointHandler(),
             )
         )
         if self._leader and not read_only:

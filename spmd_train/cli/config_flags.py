@@ -7,14 +7,15 @@ from collections.abc import Collection, Sequence
 from spmd_train.config import ConfigError, ExperimentConfig
 from spmd_train.config.keys import nearest, paths_of
 
-_PREFIX = "--config."
 
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Takes the config's overrides out of a command line.
+def split_overrides(
+    argv: Sequence[str], *, prefix: str = "--config."
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes a config's overrides out of a command line.
 
     Args:
       argv: the command line, without the program's name.
+      prefix: what they begin with.
 
     Returns:
       Pairs of a key's path and its text, in order; and the rest of the command line.
@@ -24,10 +25,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[st
     """
     overrides, rest = [], []
     for word in argv:
-        if not word.startswith(_PREFIX):
+        if not word.startswith(prefix):
             rest.append(word)
             continue
-        path, equals, text = word.removeprefix(_PREFIX).partition("=")
+        path, equals, text = word.removeprefix(prefix).partition("=")
         if not equals:
             raise ConfigError(f"{word}: has no value; write {word}=VALUE, without spaces")
         overrides.append((path, text))

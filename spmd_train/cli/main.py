@@ -104,6 +104,9 @@ def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = _make_parser().parse_known_args(words)
     verb: Verb = args.verb
     prog = " ".join((_PROG, *verb.words))
+    changes: list[tuple[str, str]] = []
+    if verb.takes_diff:
+        changes, unknown = split_overrides(unknown, prefix="--diff.")
     if unknown:
         flags = [flag.name for flag in verb.flags]
         raise ConfigError(unknown_argument(unknown[0], flags=flags, prog=prog))
@@ -130,8 +133,22 @@ def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
         if not path.exists():
             raise ConfigError(f"--workdir={args.workdir}: holds no run, for want of a config.json")
         args.config = str(path)
+    if verb.takes_diff:
+        _read_second_config(args, overrides, changes)
     args.config = parse(load_config(args.config, overrides))
     return args
+
+
+def _read_second_config(
+    args: argparse.Namespace, overrides: list[tuple[str, str]], changes: list[tuple[str, str]]
+) -> None:
+    """The config to compare with, in `args.diff`, None if there is none; names in `args.names`."""
+    if args.diff is None and not changes:
+        return
+    name = args.diff or args.config
+    words = [f"{path}={text}" for path, text in changes]
+    args.names = (args.config, " ".join([name, *words]))
+    args.diff = parse(load_config(name, [*overrides, *changes]))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,7 +215,8 @@ def _usage(verb: Verb) -> str:
     needed = [_usage_of(flag) for flag in verb.flags if flag.required]
     free = [f"[{_usage_of(flag)}]" for flag in verb.flags if not flag.required]
     words = [_PROG, *verb.words, *needed, *free]
-    words += ["[--config.a.b=VALUE ...]"] * verb.takes_config + ["-- VERB ..."] * verb.takes_command
+    words += ["[--config.a.b=VALUE ...]"] * verb.takes_config
+    words += ["[--diff.a.b=VALUE ...]"] * verb.takes_diff + ["-- VERB ..."] * verb.takes_command
     return textwrap.fill(" ".join(words), 90, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 

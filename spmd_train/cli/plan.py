@@ -18,7 +18,8 @@ from spmd_train.plan.answer import Plan, make_plan
 from spmd_train.plan.compiled import DoesNotFitError, compile_step
 from spmd_train.plan.document import as_json, format_plan
 from spmd_train.plan.page import as_html
-from spmd_train.plan.search import format_search, search, search_as_json
+from spmd_train.plan.search import search
+from spmd_train.plan.search_table import format_search, search_as_json
 from spmd_train.plan.targets import Target
 
 log = logging.getLogger(__name__)

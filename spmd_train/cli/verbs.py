@@ -66,6 +66,11 @@ class Verb:
         return PROCESSES[0] in self.flags
 
     @property
+    def takes_diff(self) -> bool:
+        """Whether a second config is read for it, with `--diff.a.b=VALUE` laid over it."""
+        return any(flag.name == "diff" for flag in self.flags)
+
+    @property
     def takes_config(self) -> bool:
         """Whether a config is read for it."""
         return any(flag.name == "config" for flag in self.flags)
@@ -96,6 +101,12 @@ def _file(text: str) -> pathlib.Path:
     if not text:
         raise argparse.ArgumentTypeError("must name a file, but is empty")
     return pathlib.Path(text)
+
+
+def _stage(text: str) -> str:
+    if text not in ("compiled", "lowered"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be compiled or lowered")
+    return text
 
 
 CONFIG = Flag(
@@ -302,6 +313,43 @@ VERBS: tuple[Verb, ...] = (
         about="Compiles the train step and prints the compiler's own account of its memory.",
         example="spmd-train inspect memory --simulate_devices=8 --config.model.remat=full",
         flags=_COMPILED,
+    ),
+    Verb(
+        words=("inspect", "hlo"),
+        module="spmd_train.cli.inspect_hlo",
+        summary="the train step's program, or what differs between two",
+        about="Prints the train step's program as XLA has it. With --diff=FILE, or with "
+        "--diff.a.b=VALUE for any key of the config, or with both, compiles a second program, too, "
+        "and prints instead what differs: memory, FLOPs, size, and every collective with its count "
+        "and bytes. What is said by --config.a.b=VALUE holds for both, what is said by "
+        "--diff.a.b=VALUE for the second alone.",
+        example="spmd-train inspect hlo --simulate_devices=8 --diff.mesh.data=1 --diff.mesh.fsdp=8",
+        flags=(
+            CONFIG,
+            Flag(
+                name="diff",
+                metavar="FILE[:ARG]",
+                help="compare with this config (default, where a --diff.a.b=VALUE is given: the "
+                "one of --config)",
+            ),
+            Flag(
+                name="stage",
+                metavar="STAGE",
+                type=_stage,
+                default="compiled",
+                help="compiled: optimized HLO, for one device of the mesh; lowered: StableHLO "
+                "before XLA has divided it (default: compiled)",
+            ),
+            Flag(
+                name="out",
+                metavar="FILE",
+                type=_file,
+                help="write the program here instead of printing it; the second one to FILE.diff",
+            ),
+            TARGET,
+            SIMULATE_DEVICES,
+            JSON,
+        ),
     ),
     Verb(
         words=("inspect", "context"),

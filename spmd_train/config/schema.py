@@ -144,6 +144,12 @@ class PipelineConfig:
     virtual_stages: int = key(
         0, "interleaved: runs of layers on a device; 0: 2 (the other schedules have 1)", at_least=0
     )
+    balance: str = key(
+        "layers",
+        "what virtual stages have as much of as can be: layers, or FLOPs with the head counted in "
+        "(flops); stages of unlike size bring their layers together by an all-to-all per step",
+        choices=("layers", "flops"),
+    )
     gather: str = key(
         "step",
         "fsdp inside a stage: its weights are gathered once per step and kept, or once per "

@@ -331,11 +331,12 @@ def run_experts(
         if exchange.one_round:
             return start
         count = jax.lax.pmax(exchange.num_rounds(order), axes)
-        return jax.lax.while_loop(
-            lambda state: state[0] < count,
-            lambda state: (state[0] + 1, add(state[0], state[1])),
-            (jnp.int32(1), start),
-        )[1]
+        with jax.named_scope("if_needed"):  # By it the planner knows that it hardly ever runs.
+            return jax.lax.while_loop(
+                lambda state: state[0] < count,
+                lambda state: (state[0] + 1, add(state[0], state[1])),
+                (jnp.int32(1), start),
+            )[1]
 
     def outputs(x: jax.Array, weights: jax.Array, kernels: Kernels, experts: jax.Array):
         args = varying((x, weights, kernels))

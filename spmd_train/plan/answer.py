@@ -7,9 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from spmd_train.config import ExperimentConfig, PlanConfig
 from spmd_train.observe.flops import model_flops_per_token
 from spmd_train.parallel.chips import Chip
+from spmd_train.parallel.schedule_table import Schedule
 from spmd_train.plan.compiled import CompiledStep
 from spmd_train.plan.hlo_cost import ProgramCost, program_cost
 from spmd_train.plan.lints import Lint, find_lints
@@ -57,6 +60,7 @@ class Plan:
         live: temporaries at its fullest moment.
         model_flops: per device and step.
         network: the networks' time; None where the chip's is not known.
+        schedule: of the pipeline; None without stages.
         roofline: times of a step.
         tokens_per_second: over all devices.
         mfu: model FLOPs utilization, a fraction of 1.
@@ -78,6 +82,7 @@ class Plan:
     live: tuple[LiveArray, ...]
     model_flops: float
     network: NetworkTime | None
+    schedule: Schedule | None
     roofline: Roofline
     tokens_per_second: float | None
     mfu: float | None
@@ -122,6 +127,33 @@ def memory_of(config: PlanConfig, target: Target) -> tuple[int, int]:
     return hbm, int(hbm * 0.75) if target.platform == "gpu" else hbm - 2**28
 
 
+def times_of(
+    step: CompiledStep | None,
+    *,
+    schedule: Schedule | None,
+    mesh: Mesh,
+    target: Target,
+    chip: Chip | None,
+    dtype: str,
+) -> tuple[ProgramCost | None, Roofline, NetworkTime | None]:
+    """What a compiled step executes, and its times on a chip.
+
+    Under a schedule a device takes a slot of the tick loop only where the table gives it a unit.
+    """
+    if step is None:
+        return None, roofline(None, network=None, chip=chip, dtype=dtype), None
+    share, bubble = 1.0, 0.0
+    if schedule is not None:
+        units = schedule.num_microbatches * schedule.num_chunks
+        share, bubble = units / schedule.num_ticks, schedule.bubble()
+    cost = program_cost(step.hlo_text, branch_share=share)
+    network = chip and network_time(
+        step.collectives, mesh=mesh, target=target, chip=chip, branch_share=share
+    )
+    times = roofline(cost, network=network, chip=chip, dtype=dtype, bubble=bubble)
+    return cost, times, network
+
+
 def make_plan(
     config: ExperimentConfig,
     *,
@@ -145,18 +177,10 @@ def make_plan(
     dtype = config.model.compute_dtype
     chip = chip_with(config.plan, target.chip, dtype=dtype)
     hbm_bytes, usable_bytes = memory_of(config.plan, target)
-    cost = program_cost(step.hlo_text) if step else None
-    network = (
-        network_time(step.collectives, mesh=program.mesh, target=target, chip=chip)
-        if step and chip
-        else None
+    schedule = program.pipeline.schedule if program.pipeline is not None else None
+    cost, times, network = times_of(
+        step, schedule=schedule, mesh=program.mesh, target=target, chip=chip, dtype=dtype
     )
-    if cost:
-        times = roofline(cost, network=network, chip=chip, dtype=dtype)
-    else:
-        times = Roofline(
-            compute=None, hbm=None, on_chip=None, ici=None, dcn=None, step=None, bound=""
-        )
     length = config.data.sequence_length
     tokens = config.train.global_batch_size * length
     flops_per_token = model_flops_per_token(config.model, config.moe, sequence_length=length)
@@ -175,6 +199,7 @@ def make_plan(
         step=step,
         needed_bytes=step.memory["peak_bytes"] if step else needed_bytes or usable_bytes + 1,
         cost=cost,
+        schedule=schedule,
         live=tuple(live_at_peak(step.hlo_text)) if step else (),
         model_flops=model_flops,
         network=network,

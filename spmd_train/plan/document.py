@@ -140,6 +140,8 @@ def _speed(plan: Plan) -> Iterator[str]:
         yield "no step time: the chip's rates are not known (set plan.chip.flops, ...)"
         return
     parts = {"matmuls": times.compute, "memory": times.hbm, "ICI": times.ici, "DCN": times.dcn}
+    if times.bubble:
+        parts["pipeline's bubble"] = times.bubble
     told = ", ".join(
         f"{name} {'unknown' if seconds is None else f'{seconds:.3f} s'}"
         for name, seconds in parts.items()

@@ -14,49 +14,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from spmd_train.config import ExperimentConfig
+from spmd_train.inspect.schedule import stage_loads
+from spmd_train.observe.flops import matmul_parameters
 from spmd_train.parallel.chips import Chip
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state
+from spmd_train.parallel.rules import make_rules
+from spmd_train.parallel.stages import Stages
+from spmd_train.plan.candidates import Candidate, Ticks
 from spmd_train.plan.network import Span, seconds_of
 from spmd_train.plan.sizes import StateBytes, state_bytes
 from spmd_train.plan.trace_cost import TraceCost
 
 _COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A layout to try.
-
-    Attributes:
-        mesh: axis to size, slices and nodes included.
-        dcn: axis to its size between slices or nodes.
-        remat: `model.remat`.
-        accumulation: `train.grad_accumulation`.
-    """
-
-    mesh: Mapping[str, int]
-    dcn: Mapping[str, int]
-    remat: str
-    accumulation: int
-
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """Config keys to values."""
-        within = {a: n // self.dcn.get(a, 1) for a, n in self.mesh.items()}
-        return {
-            **{f"mesh.{axis}": size for axis, size in within.items()},
-            **{f"mesh.dcn.{axis}": self.dcn.get(axis, 1) for axis in self.mesh},
-            "model.remat": self.remat,
-            "train.grad_accumulation": self.accumulation,
-        }
-
-    @property
-    def name(self) -> str:
-        """Short, for tables."""
-        axes = [f"{a}={n}" for a, n in self.mesh.items() if n > 1] or ["one device"]
-        crossing = [f"{a} {n} between" for a, n in self.dcn.items() if n > 1]
-        parts = [" x ".join(axes), *crossing, f"remat {self.remat}"]
-        return ", ".join(parts + ([f"/{self.accumulation}"] if self.accumulation > 1 else []))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +39,11 @@ class Estimate:
         wire_bytes: sent.
         compute: seconds at the chip's peak.
         network: seconds on ICI and DCN.
+        bubble_share: the part of the time in which a pipeline's device waits, 0 to 1: the
+            schedule's, and what its head makes the last stage slower than the others.
+        parts: seconds of `compute`, `hbm`, `ici`, `dcn` and `bubble`, each as if alone.
         step: seconds.
-        bound: `compute`, `hbm`, `ici` or `dcn`.
+        bound: the longest of the parts.
     """
 
     state: StateBytes
@@ -80,6 +52,8 @@ class Estimate:
     wire_bytes: float
     compute: float
     network: float
+    bubble_share: float
+    parts: Mapping[str, float]
     step: float
     bound: str
 
@@ -102,7 +76,7 @@ def plans_on(
         ConfigError: the mesh does not divide the model.
     """
     shaped: Any = types.SimpleNamespace(shape=mesh)
-    rules = program.layout.rules
+    rules = make_rules(config.sharding)
     params = plan_params(
         program.model.abstract_params,
         program.model.logical_axes,
@@ -118,9 +92,10 @@ def estimate(
     config: ExperimentConfig,
     *,
     plans: Mapping[str, LeafPlan],
-    trace: TraceCost,
+    traces: Mapping[str, TraceCost],
     chip: Chip,
     spans: Mapping[tuple[str, ...], Span],
+    shared_cores: bool = False,
 ) -> Estimate:
     """Estimates a candidate.
 
@@ -128,52 +103,68 @@ def estimate(
         candidate: what to estimate.
         config: of the experiment; the candidate's own settings replace its.
         plans: the train state's plan on the candidate's mesh.
-        trace: of the program with the candidate's remat, one microbatch.
+        traces: remat policy to the cost of the program with it, one microbatch.
         chip: rates.
         spans: mesh axes to their wires.
+        shared_cores: the devices are simulated; one that waits leaves its cores to the others.
     """
-    mesh, model = candidate.mesh, config.model
+    mesh, model, ticks = candidate.mesh, config.model, candidate.ticks
+    trace = traces[candidate.remat]
     num_devices = math.prod(mesh.values())
     state = state_bytes(plans)
     width = _COMPUTE_BYTES[model.compute_dtype]
-    tensor = mesh.get("tensor", 1)
-    split = num_devices // tensor
-    tokens = config.train.global_batch_size * config.data.sequence_length // split
-    micro = tokens // candidate.accumulation
+    tensor, stages = mesh.get("tensor", 1), mesh.get("pipeline", 1)
+    split = num_devices // (tensor * stages)
+    parts = candidate.accumulation * (ticks.num_microbatches if ticks else 1)
+    micro = config.train.global_batch_size * config.data.sequence_length // (split * parts)
     in_compute = _gathered_bytes(plans, mesh, width)
     sent = _sent(candidate, config, gathered=in_compute, micro=micro, plans=plans)
 
-    kept = (trace.kept_wide / split + trace.kept_inner / num_devices) / candidate.accumulation
-    largest_layer = in_compute / max(model.num_layers, 1)
-    saved_weights = in_compute if candidate.remat == "none" and mesh.get("fsdp", 1) > 1 else 0
+    kept = (trace.kept_wide / (split * stages) + trace.kept_inner / num_devices) / parts
+    layers = max(model.num_layers // stages, 1)
     working = micro * (4 * model.embed_dim + 4 * model.mlp_dim / tensor) * width
     logits = _logit_bytes(config, micro, tensor)
-    temporary = kept + saved_weights + state.gradients + 3 * largest_layer + working + logits
+    if ticks:
+        held = _held_by_stage(
+            ticks, config, in_compute=in_compute, micro=micro, layers=layers, tensor=tensor
+        )
+    else:
+        saved = candidate.remat == "none" and mesh.get("fsdp", 1) > 1
+        held = in_compute * (saved + 3 / max(layers, 1))
+    temporary = kept + held + state.gradients + working + logits
     peak_bytes = state.parameters + state.optimizer + temporary
 
-    flops = trace.flops / num_devices
-    peak_rate = chip.flops[model.compute_dtype]
-    passes = 3 if candidate.remat == "none" else 4
+    # A stage's backward pass makes its forward pass again, but for the last one, which made none.
+    again = traces["full"].flops - traces["none"].flops if ticks else 0.0
+    virtual = stages * (ticks.num_chunks if ticks else 1)
+    flops = (trace.flops + again * (virtual - 1) / virtual) / num_devices
+    passes = (3 if candidate.remat == "none" else 4) + (1 if ticks else 0)
     traffic = (
-        passes * in_compute * candidate.accumulation
+        passes * in_compute * parts
         + 3 * (state.parameters + state.optimizer)
-        + 2 * kept * candidate.accumulation
-        + passes * model.num_layers * working * candidate.accumulation
+        + 2 * kept * parts
+        + passes * layers * working * parts
     )
-    compute, moving = flops / peak_rate, traffic / chip.hbm_bandwidth
-    wire, ici, dcn, hidden = 0.0, 0.0, 0.0, 0.0
+    compute = flops / chip.flops[model.compute_dtype]
+    moving = traffic / chip.hbm_bandwidth
+    wire, ici, dcn, hidden, in_ticks = 0.0, 0.0, 0.0, 0.0, 0.0
     for s in sent:
         span = spans[s.axes]
         group = math.prod(mesh[a] for a in s.axes)
         inside, between = seconds_of(
             s.op, payload=s.payload, group_size=group, span=span, chip=chip
         )
+        seconds = ((inside or 0.0) + (between or 0.0)) * s.count
         ici += (inside or 0.0) * s.count
         dcn += (between or 0.0) * s.count
-        hidden += ((inside or 0.0) + (between or 0.0)) * s.count if s.hidden else 0.0
-        wire += (2 if s.op == "all-reduce" else 1) * s.payload * (group - 1) / group * s.count
-    on_chip = max(compute, moving)
-    parts = {"compute": compute, "hbm": moving, "ici": ici, "dcn": dcn}
+        hidden += seconds if s.hidden else 0.0
+        in_ticks += seconds if ticks and s.axes == ("tensor",) else 0.0
+        sends = 1.0 if s.op == "collective-permute" else (group - 1) / group
+        wire += (2 if s.op == "all-reduce" else 1) * s.payload * sends * s.count
+    share = 0.0 if ticks is None or shared_cores else _bubble_share(ticks, config, layers=layers)
+    busy = max(compute, moving) + in_ticks
+    waits = busy * share / (1 - share)
+    times = {"compute": compute, "hbm": moving, "ici": ici, "dcn": dcn, "bubble": waits}
     return Estimate(
         state=state,
         peak_bytes=peak_bytes,
@@ -181,9 +172,41 @@ def estimate(
         wire_bytes=wire,
         compute=compute,
         network=ici + dcn,
-        step=max(on_chip, hidden) + ici + dcn - hidden,
-        bound=max(parts, key=lambda name: parts[name]),
+        bubble_share=share,
+        parts=times,
+        step=max(busy + waits, hidden) + ici + dcn - hidden - in_ticks,
+        bound=max(times, key=lambda name: times[name]),
     )
+
+
+def _bubble_share(ticks: Ticks, config: ExperimentConfig, *, layers: int) -> float:
+    """What a stage waits for its turn, and for the last stage, which has the head."""
+    per_layer = matmul_parameters(config.model, config.moe)
+    head = config.model.embed_dim * config.model.vocab_size
+    head_layers = head * config.model.num_layers / (per_layer - head)
+    stages = Stages(config.model.num_layers, ticks.num_stages, ticks.num_chunks)
+    loads = stage_loads(stages, head_layers=head_layers)
+    even = sum(loads) / len(loads) / max(loads)
+    return 1 - (1 - ticks.bubble) * even
+
+
+def _held_by_stage(
+    ticks: Ticks,
+    config: ExperimentConfig,
+    *,
+    in_compute: float,
+    micro: int,
+    layers: int,
+    tensor: int,
+) -> float:
+    """What a stage keeps from tick to tick: weights, gradients, inputs, deferred operands."""
+    model = config.model
+    width = _COMPUTE_BYTES[model.compute_dtype]
+    slots = ticks.table.num_input_slots
+    operands = 8 * model.embed_dim + 3 * (model.embed_dim + model.mlp_dim)
+    deferred = ticks.table.num_deferred_slots * layers * micro * operands / tensor * width
+    # Whole over fsdp: weights in the compute dtype, float32 gradients.
+    return in_compute * (1 + 4 / width) + slots * micro * model.embed_dim * width + deferred
 
 
 def _gathered_bytes(plans: Mapping[str, LeafPlan], mesh: Mapping[str, int], width: int) -> float:
@@ -209,23 +232,31 @@ def _sent(
     plans: Mapping[str, LeafPlan],
 ) -> list[_Sent]:
     """The collectives of a step: parameters gathered, gradients and activations summed."""
-    mesh, model, times = candidate.mesh, config.model, candidate.accumulation
+    mesh, model, ticks = candidate.mesh, config.model, candidate.ticks
     width = _COMPUTE_BYTES[model.compute_dtype]
+    times = candidate.accumulation * (ticks.num_microbatches if ticks else 1)
     sent = []
     if mesh.get("fsdp", 1) > 1:
-        gathers = 1 if candidate.remat == "none" else 2
-        sent.append(_Sent("all-gather", ("fsdp",), gathered, gathers * times, hidden=True))
-        # What compilers make of a gradient that ends up sharded: an all-reduce, then a slice.
-        sent.append(_Sent("all-reduce", ("fsdp",), gathered, times, hidden=False))
+        if ticks and config.pipeline.gather == "step":
+            sent.append(_Sent("all-gather", ("fsdp",), gathered, 1, hidden=False))
+            sent.append(_Sent("reduce-scatter", ("fsdp",), gathered * 4 / width, 1, hidden=False))
+        else:
+            gathers = (1 if candidate.remat == "none" else 2) + (1 if ticks else 0)
+            sent.append(_Sent("all-gather", ("fsdp",), gathered, gathers * times, hidden=True))
+            # What compilers make of a gradient that ends up sharded: an all-reduce, then a slice.
+            sent.append(_Sent("all-reduce", ("fsdp",), gathered, times, hidden=False))
     copies = tuple(a for a in ("replica", "data") if mesh.get(a, 1) > 1)
     if copies:
         gradients = state_bytes(plans).gradients
         sent.append(_Sent("all-reduce", copies, gradients, 1, hidden=False))
+    activation = micro * model.embed_dim * width
     if mesh.get("tensor", 1) > 1:
-        activation = micro * model.embed_dim * width
-        sums = 4 if candidate.remat == "none" else 5
-        count = sums * model.num_layers * times
+        sums = (4 if candidate.remat == "none" else 5) + (2 if ticks else 0)
+        count = sums * model.num_layers // mesh.get("pipeline", 1) * times
         sent.append(_Sent("all-reduce", ("tensor",), activation, count, hidden=False))
+    if ticks:
+        sends = 2 * ticks.table.num_ticks * candidate.accumulation
+        sent.append(_Sent("collective-permute", ("pipeline",), activation, sends, hidden=False))
     return sent
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from spmd_train.inspect.call_tree import COLLECTIVES
 from spmd_train.inspect.hlo import (
@@ -48,7 +48,7 @@ class Operation:
     """One instruction of a program: a kernel.
 
     Attributes:
-        count: executions per step.
+        count: executions per step; a fraction where a pipeline's ticks share them out.
         flops: of one execution: its matmuls and convolutions.
         hbm_bytes: read and written in one execution.
         phase: `forward`, `backward`, `recompute`, `optimizer` or `other`.
@@ -57,7 +57,7 @@ class Operation:
         instruction: its name.
     """
 
-    count: int
+    count: float
     flops: float
     hbm_bytes: int
     phase: str
@@ -73,7 +73,8 @@ class ProgramCost:
     Attributes:
         operations: every kernel.
         num_instructions: size of the program's text; loops are not multiplied out.
-        unknown_loops: loops of unknown length; they are counted once.
+        unknown_loops: loops of unknown length; they are counted once, those in a scope `if_needed`
+            not at all.
         unknown_kernels: names of kernels whose FLOPs are not known.
     """
 
@@ -102,18 +103,20 @@ class ProgramCost:
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def program_cost(hlo_text: str) -> ProgramCost:
+def program_cost(hlo_text: str, *, branch_share: float = 1.0) -> ProgramCost:
     """Counts what a step executes.
 
     Args:
         hlo_text: `jax.stages.Compiled.as_text()`.
+        branch_share: how often the branches of a conditional and loops of unknown length run, of
+            the times that they are reached: in a pipeline, units of a device / ticks.
 
     Raises:
         ValueError: the text cannot be read.
     """
     module = parse_hlo(hlo_text)
-    walk = _Walk(module)
-    operations = tuple(walk.visit(module.entry, 1, ""))
+    walk = _Walk(module, branch_share)
+    operations = tuple(walk.visit(module.entry, 1.0, ""))
     return ProgramCost(
         operations=operations,
         num_instructions=module.num_instructions,
@@ -123,22 +126,36 @@ def program_cost(hlo_text: str) -> ProgramCost:
 
 
 class _Walk:
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, branch_share: float) -> None:
         self.module = module
+        self.branch_share = branch_share
         self.unknown_loops = 0
         self.unknown_kernels: list[str] = []
 
-    def visit(self, computation: Computation, count: int, outer: str) -> Iterator[Operation]:
-        """Every kernel below a computation; `outer` is the name stack of its caller."""
+    def visit(
+        self, computation: Computation, count: float, outer: str, *, shared: bool = False
+    ) -> Iterator[Operation]:
+        """Every kernel below a computation.
+
+        `outer` is the name stack of its caller; `shared`: it is in a branch, whose share `count`
+        has in it. Branches within are those of the busiest device.
+        """
         for instruction in computation.instructions.values():
             opcode = instruction.opcode
             if opcode in _FREE or opcode.endswith(("-done", "-update")):
                 continue
             op_name = instruction.op_name or outer
-            inner = self._control_flow(computation, instruction, count)
+            inner = self._control_flow(computation, instruction)
             if inner is not None:
-                for callee, times in inner:
-                    yield from self.visit(self.module.computations[callee], times, op_name)
+                callees, times, is_branch = inner
+                share = self.branch_share if is_branch and not shared else 1.0
+                for callee in callees:
+                    yield from self.visit(
+                        self.module.computations[callee],
+                        count * times * share,
+                        op_name,
+                        shared=shared or is_branch,
+                    )
                 continue
             scope, _ = clean_op_name(op_name)
             flops, dtype = self._flops(instruction, computation)
@@ -153,22 +170,26 @@ class _Walk:
             )
 
     def _control_flow(
-        self, computation: Computation, instruction: Instruction, count: int
-    ) -> list[tuple[str, int]] | None:
-        """Computations that an instruction runs, with how often; None if it is a kernel."""
+        self, computation: Computation, instruction: Instruction
+    ) -> tuple[Sequence[str], int, bool] | None:
+        """Computations that an instruction runs, how often, and whether it may not run them.
+
+        None if it is a kernel.
+        """
         opcode, callees = instruction.opcode, instruction.callees
         if opcode == "while":
             trips = trip_count(self.module, computation, instruction)
+            self.unknown_loops += trips is None
             if trips is None:
-                self.unknown_loops += 1
-                trips = 1
-            return [(name, count * trips) for name in callees["body"]]
+                seldom = "if_needed" in instruction.op_name.split("/")
+                return (() if seldom else callees["body"]), 1, True
+            return callees["body"], trips, False
         if opcode == "conditional":
             # At most one runs; that all do is an upper bound.
-            return [(name, count) for role in _BRANCHES for name in callees.get(role, ())]
+            return [name for role in _BRANCHES for name in callees.get(role, ())], 1, True
         if opcode in ("call", "async-start"):
             roles = ("to_apply", "calls", "called_computations")
-            return [(name, count) for role in roles for name in callees.get(role, ())]
+            return [name for role in roles for name in callees.get(role, ())], 1, False
         return None
 
     def _flops(self, instruction: Instruction, computation: Computation) -> tuple[float, str]:

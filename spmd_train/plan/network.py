@@ -130,9 +130,22 @@ class NetworkTime:
 
 
 def network_time(
-    collectives: Sequence[Collective], *, mesh: Mesh, target: Target, chip: Chip
+    collectives: Sequence[Collective],
+    *,
+    mesh: Mesh,
+    target: Target,
+    chip: Chip,
+    branch_share: float = 1.0,
 ) -> NetworkTime:
-    """Sums the network's time over the collectives of a step."""
+    """Sums the network's time over the collectives of a step.
+
+    Args:
+        collectives: of a step.
+        mesh: whose axes they span.
+        target: how its devices are wired.
+        chip: their rates.
+        branch_share: how often branches run, as for `program_cost`.
+    """
     spans: dict[tuple[Any, ...], Span] = {}
     ici, dcn, hidden = 0.0, 0.0, 0.0
     unknown: set[str] = set()
@@ -144,7 +157,7 @@ def network_time(
             c.op, payload=c.bytes_each, group_size=c.group_size, span=spans[key], chip=chip
         )
         unknown |= {n for n, s in (("ici", inside), ("dcn", between)) if s is None}
-        count = c.count or 0
+        count = (c.count or 0) * (branch_share if c.conditional else 1.0)
         ici += (inside or 0.0) * count
         dcn += (between or 0.0) * count
         if c.is_async:

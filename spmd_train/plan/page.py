@@ -6,13 +6,14 @@ import html
 from collections.abc import Iterator, Mapping
 
 from spmd_train.inspect.collectives import collective_summary
+from spmd_train.inspect.schedule import schedule_svg
 from spmd_train.observe.html import COLORS, page, stacked_bar
 from spmd_train.plan.answer import Plan
 from spmd_train.plan.document import format_plan
 
 
 def as_html(plan: Plan) -> str:
-    """The page: memory, collectives by mesh axis, roofline, and the plan's text."""
+    """The page: memory, collectives by axis, roofline, a pipeline's schedule, the plan's text."""
     title = f"Plan for {plan.target.text}"
     verdict = (
         '<span class="yes">fits</span>' if plan.fits else '<span class="no">does not fit</span>'
@@ -23,6 +24,7 @@ def as_html(plan: Plan) -> str:
         *_memory(plan),
         *_network(plan),
         *_roofline(plan),
+        *_schedule(plan),
         "<h2>All of it</h2><pre>" + html.escape("\n".join(format_plan(plan))) + "</pre>",
     ]
     return page(title, parts)
@@ -60,11 +62,25 @@ def _network(plan: Plan) -> Iterator[str]:
 def _roofline(plan: Plan) -> Iterator[str]:
     times = plan.roofline
     parts = {"matmuls": times.compute, "memory": times.hbm, "ICI": times.ici, "DCN": times.dcn}
+    if times.bubble:
+        parts["waits for stages"] = times.bubble
     known = {name: 1000 * seconds for name, seconds in parts.items() if seconds is not None}
     if not known:
         return
     yield "<h2>Roofline: the least time of a step, by what is busy</h2>"
     yield from _bars(known | ({"step": 1000 * times.step} if times.step else {}), "ms")
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    if plan.schedule is None:
+        return
+    yield "<h2>Pipeline: what each stage does, time to the right</h2><div class='wide'>"
+    yield schedule_svg(plan.schedule)
+    yield (
+        "</div><p>F: a microbatch forward; B: backward, with the forward pass made again; W: "
+        "weight gradients; grey: the stage waits. A number is the microbatch, a ' the second "
+        "chunk.</p>"
+    )
 
 
 def _bars(values: Mapping[str, float], unit: str) -> Iterator[str]:

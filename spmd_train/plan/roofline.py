@@ -21,9 +21,11 @@ class Roofline:
         on_chip: kernel by kernel the longer of the two, summed.
         ici: collectives within slices or nodes.
         dcn: collectives between them.
-        step: `on_chip`, or what asynchronous collectives take if that is longer, and what the
-            others add.
-        bound: `compute`, `hbm`, `ici` or `dcn`: the longest; empty where nothing is known.
+        bubble: what a pipeline's device waits for others; 0 without stages.
+        step: `on_chip` and `bubble`, or what asynchronous collectives take if that is longer, and
+            what the others add.
+        bound: `compute`, `hbm`, `ici`, `dcn` or `bubble`: the longest; empty where nothing is
+            known.
     """
 
     compute: float | None
@@ -31,26 +33,32 @@ class Roofline:
     on_chip: float | None
     ici: float | None
     dcn: float | None
+    bubble: float | None
     step: float | None
     bound: str
 
 
 def roofline(
-    cost: ProgramCost, *, network: NetworkTime | None, chip: Chip | None, dtype: str
+    cost: ProgramCost | None,
+    *,
+    network: NetworkTime | None,
+    chip: Chip | None,
+    dtype: str,
+    bubble: float = 0.0,
 ) -> Roofline:
     """Times of a compiled step.
 
     Args:
-        cost: what it executes.
+        cost: what it executes; None: there is no program.
         network: what it sends; None where the chip's networks are not known.
         chip: its rates; None: not known.
         dtype: the compute dtype, for matmuls that the program does not tell the dtype of.
+        bubble: the part of the time in which a pipeline's device waits, 0 to 1.
     """
     peak = chip.flops.get(dtype) if chip else None
-    if chip is None or peak is None or network is None:
-        return Roofline(
-            compute=None, hbm=None, on_chip=None, ici=None, dcn=None, step=None, bound=""
-        )
+    if cost is None or chip is None or peak is None or network is None:
+        unknown = dict.fromkeys(("compute", "hbm", "on_chip", "ici", "dcn", "bubble", "step"))
+        return Roofline(bound="", **unknown)
     rates = {"bf16": chip.flops.get("bfloat16", peak), "f32": chip.flops.get("float32", peak)}
     compute = hbm = on_chip = 0.0
     for op in cost.operations:
@@ -59,18 +67,21 @@ def roofline(
         compute += busy * op.count
         hbm += moving * op.count
         on_chip += max(busy, moving) * op.count
+    waits = on_chip * bubble / (1 - bubble)
     parts = {"compute": compute, "hbm": hbm, "ici": network.ici, "dcn": network.dcn}
+    parts["bubble"] = waits
     known = {name: seconds for name, seconds in parts.items() if seconds is not None}
     step = None
     if network.ici is not None and network.dcn is not None:
         exposed = network.ici + network.dcn - network.hidden
-        step = max(on_chip, network.hidden) + exposed
+        step = max(on_chip + waits, network.hidden) + exposed
     return Roofline(
         compute=compute,
         hbm=hbm,
         on_chip=on_chip,
         ici=network.ici,
         dcn=network.dcn,
+        bubble=waits,
         step=step,
         bound=max(known, key=lambda name: known[name]),
     )

@@ -1,0 +1,102 @@
+"""What a search found, as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from spmd_train.plan.answer import Plan
+from spmd_train.plan.candidates import Candidate
+from spmd_train.plan.estimate import Estimate
+from spmd_train.plan.targets import Target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the search's table.
+
+    Attributes:
+        candidate: the layout.
+        estimate: by formulas.
+        plan: by the compiler; None: not compiled, or it refused.
+        seconds: of a step, by which rows are ordered: of the compiled program if there is one. On
+            a CPU target it orders, but tells no time.
+        verdict: why it won or lost.
+    """
+
+    candidate: Candidate
+    estimate: Estimate
+    plan: Plan | None
+    seconds: float
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        rows: best first; the winner is the first if there is one.
+        winner: compiled, and it fits; None if none of the compiled ones does.
+        num_considered: candidates whose batch and model divide.
+        num_too_large: of them, those that formulas say do not fit.
+    """
+
+    rows: tuple[Row, ...]
+    winner: Row | None
+    num_considered: int
+    num_too_large: int
+
+
+def format_search(result: SearchResult, *, target: Target) -> Iterator[str]:
+    """The table that people read, and the winner's overrides."""
+    yield (
+        f"{result.num_considered:,} layouts considered by formulas, {result.num_too_large:,} of "
+        "them too large; the best were compiled:"
+    )
+    heads = ("layout", "peak", "step", "told by", "verdict")
+    lines: list[tuple[str, ...]] = [heads]
+    for row in result.rows:
+        peak = row.plan.needed_bytes if row.plan else row.estimate.peak_bytes
+        step = None if target.chip is None else row.seconds
+        lines.append(
+            (
+                row.candidate.name,
+                f"{peak / 2**30:.2f} GiB",
+                "unknown" if step is None else f"{step:.4g} s",
+                "compiler" if row.plan else "formula",
+                row.verdict,
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+    if result.winner is None:
+        yield "none of the compiled layouts fits: more devices, or a smaller batch"
+        return
+    yield ""
+    yield "to use it:"
+    yield " ".join(
+        f"--config.{path}={value}"
+        for path, value in result.winner.candidate.overrides.items()
+        if not (path.startswith("mesh.dcn.") and value == 1)
+    )
+
+
+def search_as_json(result: SearchResult) -> list[dict[str, Any]]:
+    """The table as JSON."""
+    return [
+        {
+            "overrides": row.candidate.overrides,
+            "estimate": dataclasses.asdict(row.estimate),
+            "compiled": row.plan is not None,
+            "fits": row.plan.fits if row.plan else None,
+            "peak_bytes": row.plan.needed_bytes if row.plan else None,
+            "step_seconds": row.plan.roofline.step if row.plan else None,
+            "ordering_seconds": row.seconds,
+            "verdict": row.verdict,
+        }
+        for row in result.rows
+    ]
