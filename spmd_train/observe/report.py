@@ -9,7 +9,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from spmd_train.config import ConfigError
 from spmd_train.observe.account import Account, account
@@ -57,7 +57,8 @@ def read_report(workdir: Path) -> Report:
     if not lines:
         raise ConfigError(f"--workdir={workdir}: has no {NAME} to report on; train writes it")
     path = Path(workdir) / "metrics.jsonl"
-    metrics = read_jsonl(path) if path.is_file() else []
+    read = read_jsonl(path) if path.is_file() else []
+    metrics = [m for m in read if type(m["step"]) is int and m["step"] < 2**53]
     return Report(workdir=Path(workdir), account=account(lines), metrics=metrics)
 
 
@@ -104,9 +105,12 @@ def _slow(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """
     excess: dict[str, list[float]] = {}
     for line in metrics:
-        seconds, step = line.get("slowest_seconds"), line.get("step_seconds")
-        if seconds is not None and step is not None and seconds > NOTABLE * step:
-            excess.setdefault(str(int(line["slowest_process"])), []).append(seconds)
+        names = ("slowest_process", "slowest_seconds", "step_seconds")
+        number, seconds, step = (line.get(name) for name in names)
+        if type(number) is not int or not (_is_number(seconds) and _is_number(step)):
+            continue
+        if seconds > NOTABLE * step:
+            excess.setdefault(str(number), []).append(seconds)
     return {
         number: {"times": len(found), "mean_seconds": statistics.fmean(found)}
         for number, found in sorted(excess.items(), key=lambda item: -len(item[1]))
@@ -186,8 +190,12 @@ def as_html(report: Report) -> str:
 def _curve(
     metrics: Sequence[Mapping[str, Any]], split: str, name: str
 ) -> list[tuple[float, float]]:
-    lines = [m for m in metrics if m.get("split") == split and m.get(name) is not None]
-    return [(m["step"], float(m[name])) for m in lines]
+    lines = [m for m in metrics if m.get("split") == split and _is_number(m.get(name))]
+    return [(m["step"], m[name]) for m in lines]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
 def _table(time: Account) -> Iterator[str]:
