@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import fault_helpers as faults
@@ -119,3 +120,36 @@ def test_replicas_bad_state_ends_the_run_unsaved(tmp_path, monkeypatch, caplog):
     config = parse(load_config(str(faults.ROOT / "configs" / "lm_tiny.py"), pairs))
     training.train(config, workdir=tmp_path / "run")
     assert steps.committed_steps(tmp_path / "run" / "checkpoints") == [8, 12]
+
+
+# One bit of the last local device's copy, just before the second save.
+CORRUPT = """
+import dataclasses, jax, numpy as np
+from spmd_train.running import Run
+paused = Run._paused
+def corrupted(self, step, state):
+    if step == 8:
+        scale = state.params["final_norm"]["scale"]
+        parts = [np.array(shard.data) for shard in scale.addressable_shards]
+        parts[-1].view(np.uint32)[3] ^= 1
+        parts = [jax.device_put(p, s.device) for p, s in zip(parts, scale.addressable_shards)]
+        bad = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, parts)
+        params = {**state.params, "final_norm": {"scale": bad}}
+        state = dataclasses.replace(state, params=params)
+    paused(self, step, state)
+Run._paused = corrupted
+"""
+
+
+@pytest.mark.slow
+def test_replicas_host_is_named(tmp_path):
+    """Two real processes, of which the second's device goes wrong: both say so, and stop."""
+    words = faults.command(tmp_path / "run", train__num_steps=12, train__checkpoint_every=4)
+    codes, logs = faults.run_together(words, folder=tmp_path, prelude={1: CORRUPT})
+    assert codes == [1, 1], logs
+    for log in logs:
+        found = re.findall(r"^  (\S+) of process (\d) on (\S+): (.*)$", log, re.MULTILINE)
+        ((_, process, host, leaf),) = found
+        assert (process, host, leaf) == ("1", os.uname().nodename, "params/final_norm/scale")
+        assert "step 8" in log and "Traceback" not in log
+    assert steps.committed_steps(tmp_path / "run" / "checkpoints") == [4]
