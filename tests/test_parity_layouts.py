@@ -23,6 +23,7 @@ from helpers import (
     put_state,
     random_batch,
     reference,
+    run_steps,
     stderr_of_xla,
 )
 from jax.sharding import AxisType, NamedSharding
