@@ -29,7 +29,7 @@ table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .8rem .2rem 0
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .row{display:grid;grid-template-columns:9rem 1fr 8rem;gap:.6rem;align-items:center;margin:.2rem 0}
 .row div{background:#f2f2f2}.row i{display:block;height:1.1rem}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}.wide svg{width:auto}
 pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.8rem}
 .no{color:#a40000;font-weight:600}.yes{color:#1a6b1a;font-weight:600}
 svg{width:100%;height:auto;font:11px system-ui,sans-serif}
