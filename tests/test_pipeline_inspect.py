@@ -47,7 +47,7 @@ def test_pipeline_inspect_answers_in_json(capsys):
 
 def test_pipeline_inspect_balances_experts_and_head(capsys):
     keys = ["--config.moe.num_experts=4", "--config.moe.balance=bias", "--json"]
-    model = ["--config.model.num_layers=8", "--config.model.vocab_size=2048"]
+    model = ["--config.model.num_layers=8", "--config.model.vocab_size=8192"]
     told = []
     for balance in ("layers", "flops"):
         name = f"--config.pipeline.balance={balance}"
