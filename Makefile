@@ -1,5 +1,5 @@
-# make train | test | test-slow | test-reference | test-plan-tpu | plan-table | lint | format
-#      | bench | chaos | clean
+# make train | test | test-slow | test-reference | test-plan-tpu | plan-table | wire-table | lint
+#      | format | bench | chaos | clean
 # A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-slow test-reference test-plan-tpu plan-table lint format bench chaos lock clean
+.PHONY: train test test-slow test-reference test-plan-tpu plan-table wire-table lint format bench chaos lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -33,11 +33,17 @@ test-plan-tpu: $(VENV)/.plan-tpu
 plan-table: $(VENV)/.plan-tpu
 	$(BIN)/python scripts/plan_table.py --out=build/plans --table=docs/plans.md
 
+# docs/wire.md: what each mesh axis sends, by formula and counted. Some minutes.
+wire-table: $(VENV)/.train
+	JAX_PLATFORMS=cpu $(BIN)/python scripts/wire_table.py --table=docs/wire.md
+
 lint: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck scripts/*.sh scripts/slurm.sbatch .ci/run
+	$(BIN)/python scripts/check_k8s.py scripts/k8s/*.yaml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .

@@ -30,10 +30,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.b1 = 0.95
     config.optimizer.schedule.warmup_steps = 30
 
-    config.train.num_steps = 800
+    config.train.num_steps = 700
     config.train.global_batch_size = 8
     config.train.log_every = 20
-    config.train.eval_every = 400
-    config.train.checkpoint_every = 400
+    config.train.eval_every = 350
+    config.train.checkpoint_every = 350
     config.sample.prompt = "def "
     return config

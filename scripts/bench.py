@@ -1,7 +1,7 @@
 """Tokens per second of the trainer's whole loop against a bare JAX loop of the same math.
 
-    make bench                                # S and M, five rounds
-    python scripts/bench.py --shapes=S --rounds=3
+    make bench                                # S and M, three rounds
+    python scripts/bench.py --shapes=S --rounds=5
 
 Before anything is timed, both train from the same weights on the same batches, and their losses
 must agree. Then the two run in turn, each time in a process of its own, and the rate is that of the
@@ -69,7 +69,7 @@ SHAPES = {
         mlp_dim=1376,
         sequence_length=512,
         batch_size=8,
-        timed_steps=10,
+        timed_steps=20,
     ),
 }
 
@@ -312,7 +312,7 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", default="S,M", help="of " + ", ".join(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     args = parser.parse_args()
     answer: dict[str, Any] = {"machine": machine(), "shapes": {}}

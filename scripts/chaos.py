@@ -5,7 +5,8 @@
 Trains a tiny model to its end twice: once in peace, once while processes are killed, stopped and
 told to go, and checkpoints are damaged. Then asks: are the final parameters, bit for bit, those of
 the run in peace; was each example consumed once; is no process and no unfinished file left?
-Prints a line for each fault, and a table. Exit code 0 if every promise was kept.
+Prints a line for each fault, and a table of the seconds until the run steps again. Exit code 0 if
+every promise was kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,30 @@ from spmd_train.checkpoint import steps as folders  # noqa: E402
 from spmd_train.observe import read_examples  # noqa: E402
 
 HANG_SECONDS = 20
+# Of every process of the run: while the file is there, each batch has a weight that is no number.
+POISONER = """
+import importlib.abc, importlib.machinery, os, sys
+
+class Poisoner(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "spmd_train.data.dataset":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+        def patched(module):
+            run(module)
+            batch = module.Dataset.batch
+            def poisoned(self, step, **options):
+                made = batch(self, step, **options)
+                if os.path.exists(os.environ["CHAOS_POISON"]):
+                    made["weights"][0, 3] = float("nan")
+                return made
+            module.Dataset.batch = poisoned
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Poisoner())
+"""
 
 
 class Chaos:
@@ -48,6 +74,13 @@ class Chaos:
         self.seen: set[int] = set()
         self.launcher: subprocess.Popen[bytes] | None = None
         self.offset = 0
+        self.poison = folder / "poison"
+        self.environ = {
+            "PYTHONPATH": f"{folder / 'poisoner'}{os.pathsep}{ROOT}",
+            "CHAOS_POISON": str(self.poison),
+        }
+        (folder / "poisoner").mkdir(exist_ok=True)
+        (folder / "poisoner" / "sitecustomize.py").write_text(POISONER)
 
     def words(self, workdir: pathlib.Path) -> list[str]:
         changes = {
@@ -67,7 +100,7 @@ class Chaos:
 
     def start(self) -> None:
         self.offset = self.log.stat().st_size if self.log.exists() else 0
-        self.launcher = helpers.start(self.words(self.workdir), log=self.log)
+        self.launcher = helpers.start(self.words(self.workdir), log=self.log, environ=self.environ)
         self.seen.add(self.launcher.pid)
 
     def ranks(self) -> list[int]:
@@ -78,9 +111,19 @@ class Chaos:
         self.seen.update(pids)
         return pids
 
-    def until_stepping(self) -> None:
-        """Waits for a few steps of the attempt that goes on, or of a new launch."""
-        wanted = self.random.randint(2, 8)
+    def attempts(self) -> int:
+        """How many there were, over all launches."""
+        return len(re.findall(rb"attempt \d+: \d+ processes", self.log.read_bytes()))
+
+    def until_stepping(self, wanted: int, *, after: int = 0) -> None:
+        """Waits for so many steps of the attempt that goes on, or of a new launch.
+
+        Args:
+            wanted: how many.
+            after: in an attempt after so many.
+        """
+        while self.attempts() <= after and self.launcher and self.launcher.poll() is None:
+            time.sleep(0.01)
         before = self.lines()
         limit = time.monotonic() + 400
         while self.lines() - before < wanted:
@@ -105,6 +148,35 @@ class Chaos:
 
     def kill_coordinator(self) -> None:
         os.kill(self.ranks()[0], signal.SIGKILL)
+
+    def take_port(self) -> None:
+        """The restart's coordinator finds its port in use; the restart after that has another."""
+        ports = re.compile(rb"coordinator 127.0.0.1:(\d+)")
+        known = len(ports.findall(self.log.read_bytes()))
+        os.kill(self.ranks()[0], signal.SIGKILL)
+        helpers.until(
+            lambda: len(ports.findall(self.log.read_bytes())) > known, what="the next attempt"
+        )
+        port = int(ports.findall(self.log.read_bytes())[known])
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+            helpers.until(
+                lambda: len(ports.findall(self.log.read_bytes())) > known + 1,
+                what="the attempt after it",
+            )
+
+    def poison_batch(self) -> None:
+        """NaN in every batch, until a step's numbers are bad; all ranks stop before they save."""
+        bad = b"the loss is nan"
+        before = self.log.read_bytes().count(bad)
+        self.poison.touch()
+        try:
+            helpers.until(
+                lambda: self.log.read_bytes().count(bad) > before, what="the step is refused"
+            )
+        finally:
+            self.poison.unlink()
 
     def stop_rank(self) -> None:
         os.kill(self.random.choice(self.ranks()), signal.SIGSTOP)
@@ -180,6 +252,8 @@ class Chaos:
         kill_rank,
         kill_coordinator,
         kill_in_save,
+        take_port,
+        poison_batch,
         stop_rank,
         terminate_rank,
         terminate_launcher,
@@ -228,16 +302,19 @@ def main() -> int:
     while len(schedule) < args.faults:
         schedule += chaos.random.sample(Chaos.FAULTS, len(Chaos.FAULTS))
     done: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
     chaos.start()
     for fault in schedule[: args.faults]:
-        chaos.until_stepping()
+        chaos.until_stepping(chaos.random.randint(2, 8))
         if chaos.launcher is not None and chaos.launcher.poll() is not None:
             break
-        began = time.monotonic()
+        began, attempts = time.monotonic(), chaos.attempts()
         fault(chaos)
         done[fault.__name__] += 1
+        chaos.until_stepping(1, after=attempts)
+        seconds[fault.__name__].append(time.monotonic() - began)
         print(
-            f"{sum(done.values()):3d} {fault.__name__:<20} {time.monotonic() - began:6.1f} s",
+            f"{sum(done.values()):3d} {fault.__name__:<20} {seconds[fault.__name__][-1]:6.1f} s",
             flush=True,
         )
     chaos.wait(0)
@@ -252,6 +329,9 @@ def main() -> int:
         "no process left": not any(map(alive, chaos.seen)),
         "no unfinished file left": not leavings(chaos.workdir),
     }
+    print("| fault | times | seconds until the next step, mean | most |\n|---|---|---|---|")
+    for name, taken in sorted(seconds.items()):
+        print(f"| {name} | {len(taken)} | {sum(taken) / len(taken):.1f} | {max(taken):.1f} |")
     print(json.dumps({"faults": done, "promises": promises}, indent=1))
     if all(promises.values()) and args.folder is None:
         shutil.rmtree(folder)

@@ -9,8 +9,10 @@ import collections
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -52,6 +54,8 @@ TIMEOUTS = {
     "SPMD_TRAIN_SHUTDOWN_SECONDS": 300,  # for all processes to leave together
 }
 _FAREWELL_SECONDS = 3
+_rounds = itertools.count()
+_told_before: list[str] = []
 SUPERVISOR = "SPMD_TRAIN_SUPERVISOR"
 """The environment variable in which `spmd-train launch` leaves its process id."""
 
@@ -157,7 +161,7 @@ def connect(given: Place = Place()) -> None:  # noqa: B008 - immutable
             f"not all processes came within SPMD_TRAIN_CONNECT_SECONDS="
             f"{seconds['SPMD_TRAIN_CONNECT_SECONDS']}: {_seen()}, {place}: {error}"
         ) from error
-    log.info("process %d of %d on %s", jax.process_index(), jax.process_count(), _host())
+    log.info("process %d of %d on %s", jax.process_index(), jax.process_count(), host())
 
 
 def meet(name: str, *, seconds: float | None = None) -> None:
@@ -176,6 +180,34 @@ def meet(name: str, *, seconds: float | None = None) -> None:
     if client is not None:
         seconds = _timeouts()["SPMD_TRAIN_COMPILE_SECONDS"] if seconds is None else seconds
         client.wait_at_barrier(f"spmd_train/{name}", int(seconds * 1000))
+
+
+def meet_again() -> None:
+    """`meet`, at a place without a name; all processes must come as often."""
+    meet(f"again {next(_rounds)}")
+
+
+def tell_all(text: str) -> list[str]:
+    """What each process has to say, by process; all must call it, as often. Needs no device."""
+    client = global_state.client
+    if client is None:
+        return [text]
+    number = next(_rounds)
+    folder = f"spmd_train/told/{number}/"
+    client.key_value_set(f"{folder}{jax.process_index()}", text)
+    meet(f"told {number}")
+    told = {int(key.rpartition("/")[2]): said for key, said in client.key_value_dir_get(folder)}
+    if is_leader():
+        # Whoever has met here has read what was told before.
+        for old in _told_before:
+            client.key_value_delete(old)
+        _told_before[:] = [folder]
+    return [told[process] for process in range(jax.process_count())]
+
+
+def is_leader() -> bool:
+    """Whether this is process 0."""
+    return jax.process_index() == 0
 
 
 def connected() -> bool:
@@ -213,10 +245,12 @@ def _seen() -> str:
     return ", ".join(found) or "no variable of any cluster"
 
 
-def _host() -> str:
+def host() -> str:
+    """This machine's name."""
     return socket.gethostname()
 
 
+@functools.cache
 def code_facts() -> dict[str, str]:
     """What code this process runs: a hash of this package, and versions."""
     digest = hashlib.blake2b(digest_size=16)
@@ -225,6 +259,9 @@ def code_facts() -> dict[str, str]:
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
+    for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {"spmd_train": digest.hexdigest(), "python": platform.python_version(), **versions}
 
 
@@ -240,7 +277,7 @@ def check_same(facts: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    mine = json.dumps({"host": _host(), "facts": dict(facts)}, sort_keys=True).encode()
+    mine = json.dumps({"host": host(), "facts": dict(facts)}, sort_keys=True).encode()
     lengths = multihost_utils.process_allgather(np.int32(len(mine)))
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.config import ConfigError, parse
@@ -35,7 +34,7 @@ def replay(bundle: Path) -> dict[str, Any]:
         ConfigError: it is no bundle, or its run has no good checkpoint before the step.
     """
     told, rows = read_bundle(bundle)
-    config = parse(ConfigDict(told["config"]))
+    config = parse(told["config"])
     experiment = build(config)
     program = experiment.program
     workdir = bundle.absolute().parent.parent

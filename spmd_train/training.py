@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import time
 from pathlib import Path
 
 import jax
@@ -13,65 +12,67 @@ import numpy as np
 
 from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
+from spmd_train.checkpoint.drift import check_drift
 from spmd_train.config import ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
 from spmd_train.experiment import Experiment, build, open_data, sample_text, write_text
 from spmd_train.observe import (
+    Goodput,
     Heartbeat,
     Progress,
     StepClock,
+    Stragglers,
     Writers,
-    device_memory_bytes,
-    device_peak_flops,
     make_writers,
-    mfu,
-    model_flops_per_token,
 )
-from spmd_train.train.bad_numbers import (
-    BadStepError,
-    NumbersWatch,
-    Rollbacks,
-    write_bundle,
-)
-from spmd_train.train.evaluate import means, with_bits_per_byte
-from spmd_train.train.loop import LoopEvents, run_loop
-from spmd_train.train.preemption import PreemptedError, StopNotice
-from spmd_train.train.program import Metrics
+from spmd_train.parallel.replicas import ReplicaCheck
+from spmd_train.running import Run, Watchers
+from spmd_train.train.bad_numbers import BadStepError, Rollbacks, write_bundle
+from spmd_train.train.loop import run_loop
+from spmd_train.train.preemption import StopNotice
 from spmd_train.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
-def train(config: ExperimentConfig, *, workdir: Path) -> None:
+def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     """Trains to `train.num_steps`, from the workdir's newest good checkpoint if it has one.
 
     Args:
         config: what to train.
-        workdir: made if it is missing: config.json, checkpoints/, metrics.jsonl, tensorboard/.
+        workdir: made if it is missing: config.json, checkpoints/, metrics.jsonl, goodput.jsonl,
+            tensorboard/.
+        age: seconds since this process began, for the account of its time.
 
     Raises:
         ConfigError: the config is impossible, or does not fit the workdir's checkpoint.
         PreemptedError: told to stop by SIGTERM or Ctrl-C, and saved.
         BadStepError: a step's numbers are bad, and `train.bad_step` does not get over it.
+        CorruptStateError: copies of the state on different devices have become different.
         OSError: checkpoints cannot be written.
     """
+    leader = jax.process_index() == 0
+    goodput = Goodput(workdir if leader else None, age=age)
     _check_same_config(config)
     experiment = build(config)
     if jax.process_count() > 1:
-        lowered = experiment.program.lower_train_step()
-        digest = hashlib.blake2b(lowered.as_text().encode(), digest_size=16).hexdigest()
-        cluster.check_same({"the lowered train step": digest})
-        lowered.compile()  # Into the compilation cache, so that all begin the first step together.
+        with goodput.span("compile"):
+            lowered = experiment.program.lower_train_step()
+            digest = hashlib.blake2b(lowered.as_text().encode(), digest_size=16).hexdigest()
+            cluster.check_same({"the lowered train step": digest})
+            # Into the compilation cache, so that all begin the first step together.
+            lowered.compile()
     data = open_data(config, split="train")
     eval_data = open_data(config, split="eval") if config.train.eval_every else None
-    leader = jax.process_index() == 0
     rollbacks = Rollbacks(workdir)
-    with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
+    with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         while True:
-            state, start, batch = start_from(experiment, checkpoints, rollbacks)
+            with goodput.span("restore"):
+                state, start, batch = start_from(experiment, checkpoints, rollbacks, drift=True)
             if start >= config.train.num_steps:
                 log.info("%s: finished, %d steps of %d", workdir, start, config.train.num_steps)
                 return
+            goodput.begin(start)
             try:
                 state = _steps(
                     experiment,
@@ -79,6 +80,7 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
                     data,
                     eval_data,
                     checkpoints,
+                    goodput,
                     workdir=workdir,
                     start_step=start,
                     start_batch=batch,
@@ -90,16 +92,7 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
                 can_roll_back = rollbacks.count(start) < config.train.max_bad_steps
                 if config.train.bad_step != "rollback" or not can_roll_back:
                     if leader:
-                        bundle = write_bundle(
-                            workdir,
-                            bad,
-                            config=to_dict(config),
-                            batch_number=bad_batch,
-                            batch=data.batch(
-                                bad_batch, global_batch_size=config.train.global_batch_size
-                            ),
-                        )
-                        log.error("%s; spmd-train replay %s does it again", bad, bundle)
+                        _leave_bundle(experiment, data, bad, workdir=workdir, number=bad_batch)
                     raise
                 checkpoints.settle()
                 good = checkpoints.newest_good() or 0
@@ -109,13 +102,14 @@ def train(config: ExperimentConfig, *, workdir: Path) -> None:
                     rollbacks.add(step=good, skip=skip, bad_step=bad.step, why=bad.why)
                 cluster.meet(f"rollback {rollbacks.count()} of step {bad.step}")
         if config.sample.prompt and leader and jax.process_count() == 1:
-            text = sample_text(
-                experiment, state.eval_params, [config.sample.prompt], data.tokenizer
-            )[0]
+            with goodput.span("eval"):
+                text = sample_text(
+                    experiment, state.eval_params, [config.sample.prompt], data.tokenizer
+                )[0]
             log.info("a sample:\n%s%s", config.sample.prompt, text)
         if leader:
             log.info(
-                "written to %s: config.json, metrics.jsonl, %scheckpoints/%s",
+                "written to %s: config.json, metrics.jsonl, goodput.jsonl, %scheckpoints/%s",
                 workdir,
                 "tensorboard/, " if config.observe.tensorboard else "",
                 "{" + ",".join(map(str, checkpoints.steps())) + "}",
@@ -128,6 +122,7 @@ def _steps(
     data: Dataset,
     eval_data: Dataset | None,
     checkpoints: Checkpointer,
+    goodput: Goodput,
     *,
     workdir: Path,
     start_step: int,
@@ -138,6 +133,7 @@ def _steps(
     leader = jax.process_index() == 0
     if leader:
         _announce(experiment, data, start_step)
+    goodput.become("init")
     run_config = to_dict(config)
     with (
         make_writers(config.observe, workdir=workdir, resume_step=start_step, run_config=run_config)
@@ -147,38 +143,60 @@ def _steps(
         experiment.train_batches(data, start_batch=start_batch, workdir=workdir) as batches,
         StopNotice() as notice,
     ):
-        heartbeat = Heartbeat()
         if leader:
             write_text(workdir / "config.json", to_json(config))
         clock = StepClock(
             tokens_per_step=config.train.global_batch_size * config.data.sequence_length,
             start_step=start_step,
         )
-        run = _Run(
+        hosts = cluster.tell_all(cluster.host())
+        watchers = Watchers(
+            writers=writers,
+            progress=progress,
+            clock=clock,
+            goodput=goodput,
+            heartbeat=Heartbeat(),
+            notice=notice,
+            stragglers=Stragglers(clock, every=config.observe.straggler_every),
+            replicas=ReplicaCheck(experiment.program.abstract_state, hosts=hosts),
+        )
+        run = Run(
             experiment,
             data,
             eval_data,
             checkpoints,
-            writers,
-            progress,
-            clock,
-            notice,
-            heartbeat,
+            watchers,
             batches_ahead=start_batch - start_step,
         )
-        heartbeat.beat(start_step, checkpoints.committed)
+        watchers.heartbeat.beat(start_step, checkpoints.committed)
         cluster.meet(f"step {start_step}, batch {start_batch}")
+        goodput.become("compile")
         state = run_loop(
             experiment.program,
             state,
-            batches,
+            goodput.waited(batches),
             start_step=start_step,
             num_steps=config.train.num_steps,
             clock=clock,
-            events=LoopEvents(run.stepped, run.pause_due, run.paused),
+            events=run.events,
         )
-        checkpoints.wait()
+        with goodput.span("save"):
+            checkpoints.wait()
         return state
+
+
+def _leave_bundle(
+    experiment: Experiment, data: Dataset, bad: BadStepError, *, workdir: Path, number: int
+) -> None:
+    config = experiment.config
+    bundle = write_bundle(
+        workdir,
+        bad,
+        config=to_dict(config),
+        batch_number=number,
+        batch=data.batch(number, global_batch_size=config.train.global_batch_size),
+    )
+    log.error("%s; spmd-train replay %s does it again", bad, bundle)
 
 
 def _check_same_config(config: ExperimentConfig) -> None:
@@ -194,12 +212,32 @@ def start_from(
     rollbacks: Rollbacks,
     *,
     before: int | None = None,
+    drift: bool = False,
 ) -> tuple[TrainState, int, int]:
-    """The state to go on from, its step and its next batch: of the newest checkpoint, or fresh."""
-    program = experiment.program
+    """The state to go on from, its step and its next batch: of the newest checkpoint, or fresh.
+
+    Args:
+        experiment: what is trained.
+        checkpoints: of its workdir.
+        rollbacks: likewise.
+        before: only checkpoints before this step.
+        drift: whether to compare with what made the checkpoint, as `checkpoint.on_drift` says.
+
+    Raises:
+        ConfigError: the checkpoint does not fit, or differs and `checkpoint.on_drift` is `refuse`.
+    """
+    program, config = experiment.program, experiment.config
     step = checkpoints.newest_good(before=before)
     if step is None:
-        return program.init(experiment.config.train.seed), 0, rollbacks.skipped(0)
+        return program.init(config.train.seed), 0, rollbacks.skipped(0)
+    if drift:
+        check_drift(
+            checkpoints.meta(step),
+            config=to_dict(config),
+            facts=cluster.code_facts(),
+            policy=config.checkpoint,
+            tell=jax.process_index() == 0,
+        )
     state = checkpoints.restore(step, program.abstract_state)
     log.info("goes on from step %d in %s", step, checkpoints.directory)
     return state, step, _next_batch(checkpoints, step, rollbacks)
@@ -227,114 +265,3 @@ def _announce(experiment: Experiment, data: Dataset, start: int) -> None:
         start,
         config.train.num_steps,
     )
-
-
-class _Run:
-    """What happens around the steps of one training run."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        data: Dataset,
-        eval_data: Dataset | None,
-        checkpoints: Checkpointer,
-        writers: Writers,
-        progress: Progress,
-        clock: StepClock,
-        notice: StopNotice,
-        heartbeat: Heartbeat,
-        *,
-        batches_ahead: int,
-    ) -> None:
-        self._batches_ahead = batches_ahead
-        self._numbers = NumbersWatch(experiment.config.train)
-        self._save_seconds = 0.0
-        self._heartbeat = heartbeat
-        self._experiment = experiment
-        self._notice = notice
-        self._stopping = False
-        self._data = data
-        self._eval_data = eval_data
-        self._checkpoints = checkpoints
-        self._writers = writers
-        self._progress = progress
-        self._clock = clock
-        config, mesh = experiment.config, experiment.program.mesh
-        length = config.data.sequence_length
-        self._flops_per_token = model_flops_per_token(
-            config.model, config.moe, sequence_length=length
-        )
-        self._peak_flops = device_peak_flops(
-            config.observe,
-            device_kind=mesh.devices.flat[0].device_kind,
-            dtype=config.model.compute_dtype,
-        )
-
-    def stepped(self, step: int, metrics: Metrics) -> None:
-        """Logs a step if it is due."""
-        self._progress.update(step)
-        self._heartbeat.beat(step, self._checkpoints.committed)
-        weight = float(metrics["weight_sum"])
-        self._numbers.check(
-            step,
-            loss=float(metrics["loss_sum"]) / weight if weight else 0.0,
-            grad_norm=float(metrics["grad_norm"]),
-        )
-        train = self._experiment.config.train
-        if step % train.log_every and step not in (1, train.num_steps):
-            return
-        values: dict[str, float | None] = {
-            **with_bits_per_byte(means(metrics), bytes_per_token=self._data.bytes_per_token),
-            **self._clock.read(step),
-            **device_memory_bytes(jax.local_devices()),
-        }
-        if self._save_seconds:
-            values["save_seconds"], self._save_seconds = self._save_seconds, 0.0
-        values["mfu"] = mfu(
-            values["tokens_per_second"],
-            flops_per_token=self._flops_per_token,
-            num_devices=self._experiment.program.mesh.size,
-            peak_flops=self._peak_flops,
-        )
-        self._log(step, "train", values)
-
-    def pause_due(self, step: int) -> bool:
-        """Whether an evaluation or a checkpoint is due, or the run is told to stop."""
-        agreed = self._notice.agreed(step)
-        self._stopping = agreed and step < self._experiment.config.train.num_steps
-        due = self._due(step, "eval_every") or self._due(step, "checkpoint_every")
-        return self._stopping or due
-
-    def paused(self, step: int, state: TrainState) -> None:
-        """Saves, then evaluates while the files are being written."""
-        if self._stopping or self._due(step, "checkpoint_every"):
-            config = self._experiment.config
-            meta = {
-                "config": to_dict(config),
-                "data": {
-                    "next_batch": step + self._batches_ahead,
-                    "global_batch_size": config.train.global_batch_size,
-                },
-                "mesh": {a: n for a, n in self._experiment.program.mesh.shape.items() if n > 1},
-            }
-            begin = time.monotonic()
-            self._checkpoints.save(step, state, meta)
-            self._save_seconds += time.monotonic() - begin
-        if self._stopping:
-            self._checkpoints.wait()
-            raise PreemptedError(step, interrupted=self._notice.interrupted)
-        if self._eval_data is not None and self._due(step, "eval_every"):
-            values = self._experiment.evaluate(state.eval_params, self._eval_data)
-            self._log(step, "eval", dict(values))
-
-    def _due(self, step: int, every: str) -> bool:
-        train = self._experiment.config.train
-        interval: int = {
-            "eval_every": train.eval_every,
-            "checkpoint_every": train.checkpoint_every,
-        }[every]
-        return bool(interval) and (step % interval == 0 or step == train.num_steps)
-
-    def _log(self, step: int, split: str, values: dict[str, float | None]) -> None:
-        self._writers.write(step, split, values)
-        self._progress.log(step, split, values)

@@ -1,9 +1,13 @@
-"""Eight CPU devices before JAX starts, and one compilation cache for all tests."""
+"""Eight CPU devices before JAX starts, and one compilation cache for all tests.
+
+LLVM need not optimize (tests compile for longer than they run): what XLA does before is the same.
+"""
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 

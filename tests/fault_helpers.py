@@ -77,11 +77,12 @@ def start(
     *,
     log: pathlib.Path,
     environ: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """`spmd-train WORDS` as a process; what it says goes to a file."""
+    """`spmd-train WORDS` as a process, perhaps run by another command; it writes to a file."""
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "spmd_train", *words],
+            [*before, sys.executable, "-m", "spmd_train", *words],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(environ),

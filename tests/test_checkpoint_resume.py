@@ -217,7 +217,7 @@ def test_checkpoint_is_plain_orbax(text: pathlib.Path, straight: pathlib.Path) -
     meta = json.loads((step / "meta" / "metadata").read_text())
     assert meta["data"] == {"next_batch": STEPS, "global_batch_size": 8}
     assert meta["config"]["model"]["vocab_size"] == 256
-    assert {"jax", "flax", "orbax"} <= meta["made_by"].keys()
+    assert {"jax", "flax", "orbax-checkpoint", "spmd_train", "python"} <= meta["made_by"].keys()
 
 
 def test_checkpoint_keeps_what_the_config_says(tmp_path: pathlib.Path) -> None:

@@ -169,8 +169,6 @@ def test_config_parse_refused_value_is_no_contradiction_too():
         ({"mesh.fsdp": -1}, "at most one axis may be -1"),
         ({"mesh.replica": 2}, "mesh.replica = 2: this axis is not yet possible in this version"),
         ({"pipeline.virtual_stages": 2}, "only the schedule interleaved"),
-        ({"mesh.pipeline": 2, "mesh.context": 2}, "not yet possible together"),
-        ({"mesh.pipeline": 2, "moe.num_experts": 4}, "not yet possible together"),
         ({"mesh.expert": 2}, "a dense model has no experts to shard"),
         ({"mesh.data": 1, "mesh.replica": -1}, "not yet possible"),
         ({"mesh.dcn.replica": 2}, "mesh.dcn.replica = 2: this axis is not yet possible"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import fault_helpers as faults
 import pytest
 
 from spmd_train.observe import read_examples, read_jsonl
+from spmd_train.observe.report import read_report
 
 STEPS = faults.TINY["train.num_steps"]
 
@@ -100,6 +102,16 @@ def test_launch_survives_kill_preemption_and_hang(whole):
     assert all(gone(pid) for attempt in (1, 2) for pid in pids(log, attempt))
     faults.assert_same(faults.final_params(workdir), faults.final_params(whole / "run"))
     assert read_examples(workdir) == read_examples(whole / "run")
+
+    told = read_report(workdir).account
+    assert [a.ended for a in told.attempts] == ["killed", "PreemptedError", "killed", "done"]
+    assert told.attempts[2].first_step == told.attempts[1].last_step, "saved when told to stop"
+    wall = told.attempts[-1].end - told.attempts[0].start
+    assert told.wall_seconds == pytest.approx(wall, abs=0.01)
+    assert told.seconds["down"] > 15, "it hung for 20 s"
+    assert told.wasted_steps == sum(
+        one.last_step - other.first_step for one, other in itertools.pairwise(told.attempts)
+    )
 
 
 def test_launch_gives_up_without_progress(whole):

@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     env = os.environ | {
         "PYTHONPATH": str(ROOT),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
 from spmd_train.cli.main import main
-from spmd_train.parallel.stages import make_stages
+from spmd_train.parallel.stages import loads, make_stages
 
 CONFIG = ["inspect", "schedule", "--config=configs/lm_tiny.py"]
 MESH = [
@@ -48,11 +51,32 @@ def test_pipeline_inspect_needs_stages(capsys):
 
 
 @pytest.mark.parametrize(
+    "num_layers, devices, head, even, balanced",
+    [
+        # The head weighs as much as 2.4 layers; none; 6, but every stage has a layer.
+        (8, 4, 2.4, 13.2, (3, 2, 2, 1)),
+        (5, 2, 0.0, 12.0, (2, 3)),
+        (4, 2, 6.0, 24.0, (3, 1)),
+        (8, 4, 0.5, 8.0, (2, 2, 2, 2)),
+    ],
+)
+def test_pipeline_stages_balance_work_with_the_head(num_layers, devices, head, even, balanced):
+    divide = functools.partial(make_stages, num_layers, num_devices=devices, num_chunks=1)
+    assert max(loads(divide().sizes, head_layers=head)) == pytest.approx(even)
+    assert divide(balance="flops", head_layers=head).sizes == balanced
+    # None of all divisions is better.
+    cuts = itertools.combinations(range(1, num_layers), devices - 1)
+    all_sizes = (np.diff([0, *cut, num_layers]).tolist() for cut in cuts)
+    best = min(max(loads(sizes, head_layers=head)) for sizes in all_sizes)
+    assert max(loads(balanced, head_layers=head)) == best <= even
+
+
+@pytest.mark.parametrize(
     "num_layers, devices, chunks, sizes",
     [(8, 4, 1, [2, 2, 2, 2]), (7, 4, 1, [2, 2, 2, 1]), (5, 2, 2, [2, 1, 1, 1])],
 )
 def test_pipeline_stages_hold_every_layer_once(num_layers, devices, chunks, sizes):
     stages = make_stages(num_layers, num_devices=devices, num_chunks=chunks)
-    assert stages.sizes == sizes
+    assert list(stages.sizes) == sizes
     held = stages.layers[stages.layers >= 0]
     assert sorted(held.tolist()) == list(range(num_layers))

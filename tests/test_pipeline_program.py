@@ -98,25 +98,17 @@ def test_pipeline_errors_name_both_numbers():
         program({"pipeline": 2}, pipeline={"schedule": "interleaved"}, rules={"layers": "pipeline"})
 
 
-@pytest.mark.parametrize(
-    "pipeline, rules",
-    [
-        ({"schedule": "interleaved", "gather": "microbatch"}, {}),
-        (
-            {"gather": "step"},
-            {
-                "embed": "fsdp+tensor",
-                "mlp": "none",
-                "heads": "none",
-                "kv_heads": "none",
-                "vocab": "none",
-            },
-        ),
-    ],
-)
-def test_pipeline_refuses_to_gather_a_part_of_a_dim(pipeline, rules):
+def test_pipeline_refuses_to_gather_a_part_of_a_dim():
+    rules = {"mlp": "none", "heads": "none", "kv_heads": "none", "vocab": "none"}
+    rules["embed"] = "fsdp+tensor"
     with pytest.raises(ConfigError, match=r"pipeline.gather: .* of which the pipeline gathers"):
-        program({"pipeline": 2, "fsdp": 2, "tensor": 2}, pipeline=pipeline, rules=rules)
+        program({"pipeline": 2, "fsdp": 2, "tensor": 2}, rules=rules)
+
+
+def test_pipeline_of_uneven_stages_refuses_an_embed_dim_that_does_not_divide():
+    match = r"7 layers are no even .* = 3 stages .*, 32, .* 3 devices.* 6 or 9 layers .* 30 and 33"
+    with pytest.raises(ConfigError, match=match):
+        program({"pipeline": 3}, num_layers=7)
 
 
 def test_pipeline_warns_of_too_few_microbatches(caplog):

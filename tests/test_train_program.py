@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from helpers import (
     MODEL,
-    QUICK,
     TRAIN,
     by_path,
     compile_step,
@@ -181,7 +180,7 @@ def test_train_fsdp_never_holds_all_parameters() -> None:
     assert "f32[8,16,512]" in step.as_text()  # the shards of all layers, but never
     assert "f32[8,128,512]" not in step.as_text()
 
-    init = jax.jit(program.init).lower(0).compile(compiler_options=QUICK)
+    init = jax.jit(program.init).lower(0).compile()
     report = memory_report(init)
     assert report["output_bytes"] < 1.2 * 3 * params / 8
     assert report["temp_bytes"] < params / 4, (report, params)
@@ -191,7 +190,7 @@ def test_train_init_is_the_same_on_any_mesh() -> None:
     states = []
     for sizes in ({}, {"fsdp": 8}, ALL2):
         program = program_of(sizes)
-        init = jax.jit(program.init).lower(TRAIN.seed).compile(compiler_options=QUICK)
+        init = jax.jit(program.init).lower(TRAIN.seed).compile()
         states.append(by_path(init(TRAIN.seed)))
     for path, array in states[0].items():
         for other in states[1:]:

@@ -12,12 +12,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from spmd_train import cluster
 from spmd_train.checkpoint import steps as step_folders
 from spmd_train.config import CheckpointConfig, ConfigError
 
@@ -47,7 +47,9 @@ class Checkpointer:
         self._saving: _Save | None = None
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+                # Weights hardly compress, and zstd takes five times the CPU of writing them.
+                state=ocp.PyTreeCheckpointHandler(use_compression=False),
+                meta=ocp.JsonCheckpointHandler(),
             )
         )
         if self._leader and not read_only:
@@ -105,7 +107,7 @@ class Checkpointer:
         self._saving = _Save(self, step)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            meta=ocp.args.JsonSave(meta | {"made_by": _versions()}),
+            meta=ocp.args.JsonSave(meta | {"made_by": cluster.code_facts()}),
         )
         self._saving.start(self._orbax, args)
         if not self._config.asynchronous:
@@ -272,7 +274,3 @@ def _leaves(tree: Any) -> dict[str, _Leaf]:
         for path, leaf in flat.items()
         if hasattr(leaf, "shape") and leaf.dtype is not None
     }
-
-
-def _versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__}

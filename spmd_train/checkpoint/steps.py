@@ -90,13 +90,13 @@ def faults(folder: Path, step: int, *, how: str) -> list[str]:
     root = folder / str(step)
     try:
         manifest = json.loads((root / MANIFEST).read_bytes())
-        files: dict[str, Any] = manifest["files"]
-        if manifest["step"] != step or manifest["blake2b"] != _digest_of(files):
+        files = {name: (f["bytes"], f["blake2b"]) for name, f in manifest["files"].items()}
+        if manifest["step"] != step or manifest["blake2b"] != _digest_of(manifest["files"]):
             return [f"{MANIFEST}: was changed after it was written"]
     except FileNotFoundError:
         return [f"{MANIFEST}: missing; the save was not finished"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST}: unreadable ({error})"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{MANIFEST}: unreadable ({type(error).__name__}: {str(error)[:200]})"]
     if how == "off":
         return []
     there = set(_files(root))
@@ -104,8 +104,8 @@ def faults(folder: Path, step: int, *, how: str) -> list[str]:
     told += [f"{name}: not in the manifest" for name in sorted(there - files.keys())]
     for name in sorted(there & files.keys()):
         size = (root / name).stat().st_size
-        if size != files[name]["bytes"]:
-            told.append(f"{name}: {size} bytes, not {files[name]['bytes']}")
+        if size != files[name][0]:
+            told.append(f"{name}: {size} bytes, not {files[name][0]}")
     if told:
         return told
     names = sorted(files)
@@ -116,7 +116,7 @@ def faults(folder: Path, step: int, *, how: str) -> list[str]:
         return [
             f"{name}: its content is not what was written (hash differs)"
             for name, digest in zip(names, digests, strict=True)
-            if digest != files[name]["blake2b"]
+            if digest != files[name][1]
         ]
 
 

@@ -17,8 +17,8 @@ from spmd_train.inspect.schedule import (
     gather_costs,
     schedule_report,
     schedule_svg,
-    stage_loads,
 )
+from spmd_train.parallel.stages import loads
 from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.program import Program
 
@@ -50,7 +50,9 @@ def _report(config: ExperimentConfig, program: Program, pipe: Pipeline) -> dict[
     compute_bytes = jnp.dtype(pipe.task.compute_dtype).itemsize
     rows = config.train.global_batch_size // pipe.num_parts // schedule.num_microbatches
     rows //= program.layout.size(program.layout.axes("batch"))
-    activation = rows * config.data.sequence_length * config.model.embed_dim * compute_bytes
+    tokens = rows * config.data.sequence_length
+    tokens //= program.layout.size(program.layout.axes("residual_sequence"))
+    activation = tokens * config.model.embed_dim * compute_bytes
     params = {path.removeprefix("params/"): plan for path, plan in program.plans.items()}
     costs = gather_costs(
         {path: params[path] for path in program.layout.param_specs},
@@ -65,7 +67,7 @@ def _report(config: ExperimentConfig, program: Program, pipe: Pipeline) -> dict[
         "mesh": mesh,
         "grad_accumulation": pipe.num_parts,
         "layers": pipe.stages.sizes,
-        "loads": stage_loads(pipe.stages, head_layers=pipe.task.head_layers),
+        "loads": loads(pipe.stages.sizes, head_layers=pipe.task.head_layers),
         "per_device": {
             "activation_bytes": activation,
             "input_bytes": activation * schedule.num_input_slots,
@@ -96,7 +98,7 @@ def _lines(report: dict[str, Any], pipe: Pipeline) -> Iterator[str]:
     )
     units = ", ".join(f"{n} {kind}" for kind, n in report["executed"].items() if n)
     yield f"units computed, all stages: {units}"
-    yield f"layers of each virtual stage: {report['layers']}"
+    yield f"layers of each virtual stage: {list(report['layers'])}"
     loads = [f"{load:.1f}" for load in report["loads"]]
     yield f"work of each, head included, in forward passes of a layer: {', '.join(loads)}"
     yield ""

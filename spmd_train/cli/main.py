@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -53,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 done, 2 the user's mistake, 130 interrupted, or what the verb says.
     """
+    started = time.time()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
     logging.getLogger("spmd_train").setLevel(logging.INFO)
     try:
         args = _read_command_line(sys.argv[1:] if argv is None else argv)
+        args.started = started
         verb: Verb = args.verb
         if verb.uses_devices:
             cluster = importlib.import_module("spmd_train.cluster")

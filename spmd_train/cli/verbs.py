@@ -126,7 +126,7 @@ WORKDIR = Flag(
     metavar="DIR",
     type=_folder,
     required=True,
-    help="the run's folder: config.json, checkpoints/, metrics.jsonl, tensorboard/",
+    help="the run's folder: config.json, checkpoints/, metrics.jsonl, goodput.jsonl, tensorboard/",
 )
 SIMULATE_DEVICES = Flag(
     name="simulate_devices",
@@ -431,6 +431,26 @@ VERBS: tuple[Verb, ...] = (
         "run that is going on.",
         example="spmd-train checkpoints prune --workdir=runs/tiny --config.checkpoint.keep_last=1",
         flags=(RUN_CONFIG, WORKDIR, JSON),
+        uses_devices=False,
+    ),
+    Verb(
+        words=("report",),
+        module="spmd_train.cli.report",
+        summary="where a run's time went, as text and as one HTML page",
+        about="Adds up goodput.jsonl over all attempts of a run: training, waiting, evaluation, "
+        "saves, starts, work done again, time when nothing ran. Writes a page with the loss curve, "
+        "the throughput and the restarts.",
+        example="spmd-train report --workdir=runs/tiny",
+        flags=(
+            WORKDIR,
+            Flag(
+                name="html",
+                metavar="FILE",
+                type=_file,
+                help="where to write the page (default: WORKDIR/report.html)",
+            ),
+            JSON,
+        ),
         uses_devices=False,
     ),
     Verb(

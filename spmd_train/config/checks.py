@@ -61,17 +61,7 @@ def _mesh_conflicts(mesh: schema.MeshConfig) -> Iterator[Conflict]:
 
 
 def _pipeline_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
-    pipeline, mesh = config.pipeline, config.mesh
-    if mesh.pipeline * mesh.dcn.pipeline != 1:
-        others = {"mesh.context": mesh.context * mesh.dcn.context != 1}
-        others["moe.num_experts"] = config.moe.num_experts > 0
-        values = {"mesh.context": mesh.context, "moe.num_experts": config.moe.num_experts}
-        for path, used in others.items():
-            if used:
-                yield Conflict(
-                    {"mesh.pipeline": mesh.pipeline, path: values[path]},
-                    "a pipeline and this are not yet possible together; use fsdp or tensor",
-                )
+    pipeline = config.pipeline
     if pipeline.schedule != "interleaved" and pipeline.virtual_stages > 1:
         yield Conflict(
             {

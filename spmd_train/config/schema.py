@@ -144,6 +144,12 @@ class PipelineConfig:
     virtual_stages: int = key(
         0, "interleaved: runs of layers on a device; 0: 2 (the other schedules have 1)", at_least=0
     )
+    balance: str = key(
+        "layers",
+        "what virtual stages have as much of as can be: layers, or FLOPs with the head counted in "
+        "(flops); stages of unlike size bring their layers together by an all-to-all per step",
+        choices=("layers", "flops"),
+    )
     gather: str = key(
         "step",
         "fsdp inside a stage: its weights are gathered once per step and kept, or once per "
@@ -411,6 +417,12 @@ class TrainConfig:
         "grows until they fit, as on fewer devices than before; 0: no limit",
         at_least=0,
     )
+    check_replicas_every: int = key(
+        1000,
+        "steps between comparisons of the state's copies on different devices, which find silent "
+        "corruption; besides, before each checkpoint; 0: never",
+        at_least=0,
+    )
     log_examples: bool = key(
         False, "write the ids of all consumed examples to WORKDIR/examples/PROCESS.jsonl"
     )
@@ -428,6 +440,12 @@ class CheckpointConfig:
         "before a restore: hash every file; all sizes and a sample of hashes; or only see that the "
         "save was finished",
         choices=("full", "sample", "off"),
+    )
+    on_drift: str = key(
+        "warn",
+        "going on from a checkpoint of other versions, other code or a config that learns "
+        "something else: tell the differences, refuse, or say nothing",
+        choices=("warn", "refuse", "ignore"),
     )
     max_failures: int = key(
         3, "failed saves in a row (a full disk) that end the run; fewer are warned of", at_least=1
@@ -453,6 +471,12 @@ class ObserveConfig:
 
     tensorboard: bool = key(True, "write WORKDIR/tensorboard")
     wandb_project: str = key("", "Weights & Biases project (extra: wandb); empty: off")
+    straggler_every: int = key(
+        100,
+        "steps between comparisons of the processes' times, which name one that holds the others "
+        "up; 0: never",
+        at_least=0,
+    )
     peak_flops: float = key(
         0.0, "FLOP/s of one device, for MFU; 0: from the table of chips (none for CPUs)", at_least=0
     )

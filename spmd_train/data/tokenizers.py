@@ -87,7 +87,7 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the Rust library raises bare Exception
             raise ConfigError(
-                f"data.tokenizer={path!r} is not a Hugging Face tokenizer.json: {error}"
+                f"data.tokenizer={path!r} is not a Hugging Face tokenizer.json: {str(error)[:200]}"
             ) from error
         # A saved truncation would silently cut every document short.
         self._tokenizer.no_truncation()
@@ -123,7 +123,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise ConfigError(
-                f"data.tokenizer={path!r} is not a SentencePiece model: {error}"
+                f"data.tokenizer={path!r} is not a SentencePiece model: {str(error)[:200]}"
             ) from error
         self.vocab_size = self._processor.get_piece_size()
         # Either id is -1 in a model trained without that token.

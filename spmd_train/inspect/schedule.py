@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from spmd_train.parallel.plan import LeafPlan
 from spmd_train.parallel.rules import dims_of
 from spmd_train.parallel.schedule_table import RECOMPUTED, Cell, Schedule, Unit
@@ -179,18 +177,3 @@ def gather_costs(
             "held_bytes": values // size * (compute_bytes + 4) if size > 1 else 0,
         },
     }
-
-
-def stage_loads(stages: Stages, *, head_layers: float) -> list[float]:
-    """Work of each virtual stage per microbatch, in forward passes of a layer.
-
-    A layer costs four (forward, again in B, twice for gradients); the last virtual stage's F is
-    saved, and it has the head, at three of its forward passes.
-
-    Args:
-        stages: which layers lie where.
-        head_layers: FLOPs of the head's forward pass, in those of a layer's.
-    """
-    loads = 4.0 * np.array(stages.sizes)
-    loads[-1] = 3.0 * stages.sizes[-1] + 3.0 * head_layers
-    return loads.tolist()

@@ -14,15 +14,19 @@ from spmd_train.interop.architectures import ARCHITECTURES, Architecture
 
 NO_EXPERTS = MoEConfig()
 
-# Values of config.json in messages look as they do there.
-_json = json.dumps
-
+_LONGEST = 200
 _LLAMA3_KEYS = {
     "rope.factor": "factor",
     "rope.low_freq_factor": "low_freq_factor",
     "rope.high_freq_factor": "high_freq_factor",
     "rope.original_max_positions": "original_max_position_embeddings",
 }
+
+
+def _json(value: Any) -> str:
+    """A value as it looks in the file, cut to a readable length."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def read_config(hf_dir: Path) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
             f"--hf_dir: cannot read {path}: {error.strerror}; it must be a Hugging Face checkpoint "
             "directory: config.json and model.safetensors"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: must be a JSON object")

@@ -61,7 +61,7 @@ def open_tensors(hf_dir: Path) -> dict[str, StoredTensor]:
                     tensors[name] = StoredTensor(name, path, shape, tensor.get_dtype())
         except (OSError, SafetensorError) as error:
             raise ConfigError(
-                f"{path}: no whole safetensors file: {error}; copy or download it again"
+                f"{path}: no whole safetensors file: {str(error)[:200]}; copy or download it again"
             ) from error
     return tensors
 
@@ -83,10 +83,12 @@ def _files(hf_dir: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         outside = [n for n in names if Path(n).name != n or not (hf_dir / n).is_file()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index}: no index of safetensors files: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ConfigError(f"{index}: no index of safetensors files: {repr(error)[:200]}") from error
     if outside:
-        raise ConfigError(f"{index}: names {sorted(outside)}, which are no files of {hf_dir}")
+        raise ConfigError(
+            f"{index}: names {str(sorted(outside))[:200]}, which are no files of {hf_dir}"
+        )
     return [hf_dir / name for name in sorted(names)]
 
 

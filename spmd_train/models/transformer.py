@@ -18,7 +18,7 @@ from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import SAVED_NAME, Operands, Projection, Tape, recording
 from spmd_train.nn.routing import RoutingStats
-from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard
+from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard, vary
 from spmd_train.parallel.stages import Layers
 
 RESIDUAL = ("batch", "residual_sequence", None)
@@ -235,7 +235,7 @@ class Transformer(nnx.Module):
             )
             attention |= {"cached": seen, "cache_index": cache.end}
 
-        def layer(x: jax.Array, xs: tuple[Layers, Any, LayerCache | None, Any]):
+        def run(x: jax.Array, xs: tuple[Layers, Any, LayerCache | None, Any]):
             which, params, cache, taps = xs
             params = unshard(params, "blocks", dtype=dtype, stacked=True)
             keys = None if dropout is None else dropout.fold_in(which.indices)
@@ -243,8 +243,16 @@ class Transformer(nnx.Module):
             tape = None if taps is None else Tape(block, taps)
             with recording(tape):
                 y, (cache, routing) = block(x, dropout=keys, cache=cache, **attention)
-            y = y if which.exists is None else jnp.where(which.exists, y, x)
             return y, (cache, routing, tape and tape.operands)
+
+        def layer(x: jax.Array, xs: tuple[Layers, Any, LayerCache | None, Any]):
+            exists = xs[0].exists
+            if exists is None:
+                return run(x, xs)
+            shapes = jax.eval_shape(run, x, xs)[1]
+            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            # An empty place computes nothing: stages of fewer layers take less time.
+            return jax.lax.cond(exists, lambda x: vary(run(x, xs)), lambda x: vary((x, nothing)), x)
 
         policy = keep_all_but_gathered() if config.remat == "none" else REMAT_POLICIES[config.remat]
         if policy is not None:

@@ -14,10 +14,13 @@ class StepClock:
         for step in range(start + 1, num_steps + 1):
             with clock.waiting():
                 batch = next(batches)
-            state, metrics = train_step(state, batch)
+            with clock.devices():
+                state, metrics = train_step(state, batch)
             clock.step_done()
             if due:
-                values = {**to_host(metrics_before), **clock.read(step - 1)}
+                with clock.devices():
+                    values = to_host(metrics_before)
+                values |= clock.read(step - 1)
             with clock.paused():
                 evaluate(...)
 
@@ -45,6 +48,8 @@ class StepClock:
         self._first_step = start_step + 1
         self._dispatched = start_step
         self._compile_seconds: float | None = None
+        self._born = now()
+        self._all_waited = self._all_paused = self._all_devices = 0.0
         self._restart(finished=start_step)
 
     def _restart(self, *, finished: int) -> None:
@@ -60,7 +65,9 @@ class StepClock:
         try:
             yield
         finally:
-            self._waited += self._now() - begin
+            seconds = self._now() - begin
+            self._waited += seconds
+            self._all_waited += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -72,7 +79,22 @@ class StepClock:
         try:
             yield
         finally:
-            self._paused += self._now() - begin
+            seconds = self._now() - begin
+            self._paused += seconds
+            self._all_paused += seconds
+
+    @contextlib.contextmanager
+    def devices(self) -> Iterator[None]:
+        """Around what waits for the devices: metrics, and dispatch while their queue is full."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._all_devices += self._now() - begin
+
+    def totals(self) -> tuple[float, float, float]:
+        """Seconds since the beginning: of steps, waiting for data, waiting for devices."""
+        return self._now() - self._born - self._all_paused, self._all_waited, self._all_devices
 
     def step_done(self) -> None:
         """After each call of the train step: it is dispatched, perhaps not finished."""

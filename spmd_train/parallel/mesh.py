@@ -38,7 +38,8 @@ def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
         if num_devices % fixed:
             raise ConfigError(
                 f"mesh.{free[0]}: -1 cannot be resolved: the other axes ({asked}) take {fixed} "
-                f"devices, which does not divide the {num_devices} there are"
+                f"devices, which does not divide the {num_devices} there are; the nearest numbers "
+                f"that do are {_divisors_near(fixed, num_devices)}"
             )
         sizes[free[0]] = num_devices // fixed
     elif fixed != num_devices:
@@ -47,6 +48,14 @@ def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
             "set one axis to -1 to give it the rest"
         )
     return sizes
+
+
+def _divisors_near(number: int, total: int) -> str:
+    """The divisors of `total` next to a number that is none."""
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    below = max((n for n in divisors if n < number), default=None)
+    above = min((n for n in divisors if n > number), default=None)
+    return " and ".join(str(n) for n in (below, above) if n is not None)
 
 
 def dcn_sizes(config: MeshConfig) -> dict[str, int]:

@@ -246,6 +246,11 @@ def _gather_bwd(whole: P, sharded: P, mesh: Mesh, _: None, g: jax.Array) -> tupl
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
+def compute_dtype(path: str, w: jax.Array, dtype: Any, *, stacked: bool = False) -> Any:
+    """What a parameter is computed with in: vectors (norm scales) and routers keep their dtype."""
+    return w.dtype if w.ndim - stacked < 2 or KEPT_IN_FULL.search(path) else dtype
+
+
 def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = False) -> nnx.State:
     """Makes parameters ready to compute with: cast, then gathered over the batch's mesh axes.
 
@@ -266,8 +271,7 @@ def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = F
 
     def one(key_path: Any, variable: jax.Array) -> jax.Array:
         leaf = path + "/" + leaf_path(key_path)
-        is_cast = variable.ndim >= 2 and not KEPT_IN_FULL.search(leaf)
-        w = variable.astype(dtype) if is_cast else variable
+        w = variable.astype(compute_dtype(leaf, variable, dtype))
         if layout is None or layout.mesh.size == 1:
             return w
         planned = dims_of(layout.param_specs[leaf], ndim=w.ndim + stacked)[stacked:]

@@ -11,6 +11,10 @@ whole over all axes that are taken by hand, and take the gradients the same way 
 | not over `pipeline`, but stacked | its own layers | all-reduce |
 | over another axis by hand | all-gather | reduce-scatter |
 | not over an axis by hand | nothing | all-reduce |
+
+Where `pipeline` shares a dim with an axis that is not by hand, that all-to-all comes before the
+tick loop, in a `shard_map` of its own over all axes of the leaf (`to_stages`); the loop then finds
+the leaf by stage, on its first dim.
 """
 
 from __future__ import annotations
@@ -48,23 +52,18 @@ class Stages:
         num_layers: of the network.
         num_devices: P, the size of the mesh axis.
         num_chunks: V, virtual stages per device.
+        sizes: layers of each virtual stage.
     """
 
     num_layers: int
     num_devices: int
     num_chunks: int
-
-    @property
-    def sizes(self) -> list[int]:
-        """Layers of each virtual stage. The last ones have fewer: the head is there, too."""
-        count = self.num_devices * self.num_chunks
-        each, more = divmod(self.num_layers, count)
-        return [each + (k < more) for k in range(count)]
+    sizes: tuple[int, ...]
 
     @property
     def is_even(self) -> bool:
         """Whether all virtual stages have as many layers."""
-        return not self.num_layers % (self.num_devices * self.num_chunks)
+        return len(set(self.sizes)) == 1
 
     @property
     def in_order(self) -> bool:
@@ -82,8 +81,43 @@ class Stages:
         return table
 
 
-def make_stages(num_layers: int, *, num_devices: int, num_chunks: int) -> Stages:
+def loads(sizes: Sequence[int], *, head_layers: float) -> list[float]:
+    """Work of each virtual stage per microbatch, in forward passes of a layer.
+
+    A layer costs four (forward, again in B, twice for gradients); the last virtual stage's F is
+    saved, and it has the head, at three of its forward passes. The embedding is a look-up: no
+    matmul in any stage.
+
+    Args:
+        sizes: layers of each.
+        head_layers: FLOPs of the head's forward pass, in those of a layer's.
+    """
+    return [4.0 * n for n in sizes[:-1]] + [3.0 * sizes[-1] + 3.0 * head_layers]
+
+
+def _even(num_layers: int, count: int) -> tuple[int, ...]:
+    """As many layers in each of some stages; the last ones have fewer: the head is there, too."""
+    each, more = divmod(num_layers, count)
+    return tuple(each + (k < more) for k in range(count))
+
+
+def make_stages(
+    num_layers: int,
+    *,
+    num_devices: int,
+    num_chunks: int,
+    balance: str = "layers",
+    head_layers: float = 0.0,
+) -> Stages:
     """Divides the layers.
+
+    Args:
+        num_layers: of the network; each virtual stage gets one at least.
+        num_devices: P.
+        num_chunks: V.
+        balance: `layers`: as many layers in each; `flops`: the stage with the most work has as
+            little as can be, by `loads`.
+        head_layers: as in `loads`.
 
     Raises:
         ConfigError: there are fewer layers than virtual stages.
@@ -101,7 +135,12 @@ def make_stages(num_layers: int, *, num_devices: int, num_chunks: int) -> Stages
             f"pipeline.virtual_stages = {num_devices} x {num_chunks} = {count} stages; {cure}, or "
             f"model.num_layers to at least {count}"
         )
-    return Stages(num_layers, num_devices, num_chunks)
+    sizes = _even(num_layers, count)
+    if balance == "flops" and count > 1:
+        # The even division is tried first, so that it stays where nothing is better.
+        tried = [(*_even(num_layers - n, count - 1), n) for n in range(1, num_layers - count + 2)]
+        sizes = min([sizes, *tried], key=lambda sizes: max(loads(sizes, head_layers=head_layers)))
+    return Stages(num_layers, num_devices, num_chunks, sizes)
 
 
 Dims = Sequence[tuple[str, ...]]
@@ -111,6 +150,31 @@ Dims = Sequence[tuple[str, ...]]
 def by_hand(dims: Dims, hand: Collection[str]) -> Dims:
     """Only the mesh axes that a `shard_map` takes."""
     return [tuple(a for a in dim if a in hand) for dim in dims]
+
+
+def to_stages(w: jax.Array, dim: int, *, all_layers: np.ndarray) -> jax.Array:
+    """A part of all layers becomes this device's layers: inside a `shard_map` over `pipeline`.
+
+    Args:
+        w: [layers, ...]; `pipeline` splits `dim`, as the innermost of its mesh axes.
+        dim: not the first.
+        all_layers: as in `gather`.
+
+    Returns:
+        [V N, ...], whole in `dim` as far as `pipeline` goes.
+    """
+    w = w[np.maximum(all_layers.reshape(-1), 0)]
+    return jax.lax.all_to_all(w, AXIS, split_axis=0, concat_axis=dim, tiled=True)
+
+
+def from_stages(g: jax.Array, dim: int, *, all_layers: np.ndarray, num_layers: int) -> jax.Array:
+    """`to_stages` undone; what is in an empty place must be zero."""
+    g = jax.lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=0, tiled=True)
+    return _in_place(g, np.maximum(all_layers.reshape(-1), 0), num_layers=num_layers)
+
+
+def _in_place(g: jax.Array, layers: jax.Array | np.ndarray, *, num_layers: int) -> jax.Array:
+    return jnp.zeros((num_layers, *g.shape[1:]), g.dtype).at[layers].add(g)
 
 
 def gather(w: jax.Array, dims: Dims, *, own_layers: jax.Array | None, all_layers: np.ndarray):
@@ -131,8 +195,7 @@ def gather(w: jax.Array, dims: Dims, *, own_layers: jax.Array | None, all_layers
         for axis in reversed(dim):
             if axis == AXIS and stacked:
                 if i:
-                    w = w[np.maximum(all_layers.reshape(-1), 0)]
-                    w = jax.lax.all_to_all(w, AXIS, split_axis=0, concat_axis=i, tiled=True)
+                    w = to_stages(w, i, all_layers=all_layers)
             else:
                 w = jax.lax.all_gather(w, axis, axis=i, tiled=True)
     if stacked and not any(AXIS in dim for dim in dims):
@@ -164,18 +227,13 @@ def reduce(
     """
     stacked = own_layers is not None
     left = [a for a in hand if not any(a in dim for dim in dims)]
-
-    def in_place(g: jax.Array, layers: jax.Array | np.ndarray) -> jax.Array:
-        return jnp.zeros((num_layers, *g.shape[1:]), g.dtype).at[layers].add(g)
-
     for i, dim in enumerate(dims):
         for axis in dim:
             if axis == AXIS and stacked:
                 if i:
-                    g = jax.lax.all_to_all(g, AXIS, split_axis=i, concat_axis=0, tiled=True)
-                    g = in_place(g, np.maximum(all_layers.reshape(-1), 0))
+                    g = from_stages(g, i, all_layers=all_layers, num_layers=num_layers)
             else:
                 g = jax.lax.psum_scatter(g, axis, scatter_dimension=i, tiled=True)
     if stacked and AXIS in left:
-        g = in_place(g, jnp.maximum(own_layers, 0))
+        g = _in_place(g, jnp.maximum(own_layers, 0), num_layers=num_layers)
     return jax.lax.psum(g, tuple(left)) if left else g

@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from spmd_train.config import ExperimentConfig
-from spmd_train.inspect.schedule import stage_loads
 from spmd_train.observe.flops import matmul_parameters
 from spmd_train.parallel.chips import Chip
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state
 from spmd_train.parallel.rules import make_rules
-from spmd_train.parallel.stages import Stages
+from spmd_train.parallel.stages import loads, make_stages
 from spmd_train.plan.candidates import Candidate, Ticks
 from spmd_train.plan.network import Span, seconds_of
 from spmd_train.plan.sizes import StateBytes, state_bytes
@@ -184,9 +183,16 @@ def _bubble_share(ticks: Ticks, config: ExperimentConfig, *, layers: int) -> flo
     per_layer = matmul_parameters(config.model, config.moe)
     head = config.model.embed_dim * config.model.vocab_size
     head_layers = head * config.model.num_layers / (per_layer - head)
-    stages = Stages(config.model.num_layers, ticks.num_stages, ticks.num_chunks)
-    loads = stage_loads(stages, head_layers=head_layers)
-    even = sum(loads) / len(loads) / max(loads)
+    stages = make_stages(
+        config.model.num_layers,
+        num_devices=ticks.num_stages,
+        num_chunks=ticks.num_chunks,
+        balance=config.pipeline.balance,
+        head_layers=head_layers,
+    )
+    work = loads(stages.sizes, head_layers=head_layers)
+    by_device = [sum(work[device :: ticks.num_stages]) for device in range(ticks.num_stages)]
+    even = sum(by_device) / len(by_device) / max(by_device)
     return 1 - (1 - ticks.bubble) * even
 
 

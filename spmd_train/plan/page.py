@@ -7,25 +7,9 @@ from collections.abc import Iterator, Mapping
 
 from spmd_train.inspect.collectives import collective_summary
 from spmd_train.inspect.schedule import schedule_svg
+from spmd_train.observe.html import COLORS, page, stacked_bar
 from spmd_train.plan.answer import Plan
 from spmd_train.plan.document import format_plan
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
-color:#1a1a1a;background:#fff}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}
-.bar{display:flex;height:2rem;border:1px solid #888;background:#f2f2f2}
-.bar span{display:block;overflow:hidden;color:#fff;font-size:.75rem;padding:.3rem 0 0 .3rem;
-white-space:nowrap;box-sizing:border-box}
-table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .8rem .2rem 0;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}
-.row{display:grid;grid-template-columns:9rem 1fr 8rem;gap:.6rem;align-items:center;margin:.2rem 0}
-.row div{background:#f2f2f2}.row i{display:block;height:1.1rem}
-.wide{overflow-x:auto}
-pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.8rem}
-.no{color:#a40000;font-weight:600}.yes{color:#1a6b1a;font-weight:600}
-"""
-_COLORS = ("#2f5d8a", "#5b8a3c", "#b0722b", "#8a4f7d", "#6b6b6b")
 
 
 def as_html(plan: Plan) -> str:
@@ -35,7 +19,6 @@ def as_html(plan: Plan) -> str:
         '<span class="yes">fits</span>' if plan.fits else '<span class="no">does not fit</span>'
     )
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
         f"<p>{plan.num_params:,} parameters on {plan.num_devices} devices: {verdict}, "
         f"{plan.needed_bytes / 2**30:.2f} of {plan.usable_bytes / 2**30:.2f} GiB.</p>",
         *_memory(plan),
@@ -44,13 +27,7 @@ def as_html(plan: Plan) -> str:
         *_schedule(plan),
         "<h2>All of it</h2><pre>" + html.escape("\n".join(format_plan(plan))) + "</pre>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
-        + "".join(parts)
-        + "</body></html>\n"
-    )
+    return page(title, parts)
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -63,14 +40,10 @@ def _memory(plan: Plan) -> Iterator[str]:
         "activations and buffers": temporary - gradients,
     }
     whole = max(plan.usable_bytes, sum(sizes.values()))
-    yield "<h2>Memory of a device</h2><div class='bar'>"
-    for color, (name, size) in zip(_COLORS, sizes.items(), strict=False):
-        yield (
-            f"<span style='width:{100 * size / whole:.2f}%;background:{color}' "
-            f"title='{name}: {size:,} bytes'>{name}</span>"
-        )
-    yield "</div><table>"
-    for color, (name, size) in zip(_COLORS, sizes.items(), strict=False):
+    yield "<h2>Memory of a device</h2>"
+    yield from stacked_bar(sizes, whole=whole, unit="bytes")
+    yield "<table>"
+    for color, (name, size) in zip(COLORS, sizes.items(), strict=False):
         yield (
             f"<tr><td><span style='color:{color}'>&#9632;</span> {name}</td>"
             f"<td class='n'>{size / 2**30:.3f} GiB</td></tr>"
@@ -115,6 +88,6 @@ def _bars(values: Mapping[str, float], unit: str) -> Iterator[str]:
     for i, (name, value) in enumerate(values.items()):
         yield (
             f"<div class='row'><span>{html.escape(name)}</span><div><i style='width:"
-            f"{100 * value / largest:.2f}%;background:{_COLORS[i % len(_COLORS)]}'></i></div>"
+            f"{100 * value / largest:.2f}%;background:{COLORS[i % len(COLORS)]}'></i></div>"
             f"<span>{value:,.3f} {unit}</span></div>"
         )

@@ -1,16 +1,26 @@
 """What is learnt: a model, what a batch holds, the loss and the metrics, as sums."""
 
 from spmd_train.config import ExperimentConfig
-from spmd_train.tasks.base import Batch, LayeredTask, LossOutput, ModelState, Task
+from spmd_train.tasks.base import (
+    Batch,
+    LayeredTask,
+    LayersOutput,
+    LossOutput,
+    ModelState,
+    Task,
+    add_sums,
+)
 from spmd_train.tasks.language_model import LanguageModel
 
 __all__ = [
     "Batch",
     "LanguageModel",
     "LayeredTask",
+    "LayersOutput",
     "LossOutput",
     "ModelState",
     "Task",
+    "add_sums",
     "make_task",
 ]
 

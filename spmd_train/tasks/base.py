@@ -33,6 +33,30 @@ class LossOutput(NamedTuple):
     metric_sums: dict[str, jax.Array]
 
 
+def add_sums(a: LossOutput, b: LossOutput) -> LossOutput:
+    """The sums of two together; what only one of them counts is as it is there."""
+    metrics = a.metric_sums | {
+        name: a.metric_sums[name] + x if name in a.metric_sums else x
+        for name, x in b.metric_sums.items()
+    }
+    return LossOutput(a.loss_sum + b.loss_sum, a.weight_sum + b.weight_sum, metrics)
+
+
+class LayersOutput(NamedTuple):
+    """What a run of some layers gives.
+
+    Attributes:
+        x: what leaves the last of them, [B, T, D].
+        sums: what they add to those of the head, such as the losses of routers; None: nothing.
+            Arrays with a dim of layers have all the network's, zero for those that did not run.
+        operands: of what the gradients of kernels are made, stacked; None without taps.
+    """
+
+    x: jax.Array
+    sums: LossOutput | None
+    operands: Operands | None
+
+
 class Task(Protocol):
     """Something that can be learnt from batches."""
 
@@ -61,8 +85,8 @@ class Task(Protocol):
 class LayeredTask(Task, Protocol):
     """A task whose model is like layers between an embedding and a head, so that it has stages.
 
-    `loss` is `head` of `run_layers` of `embed`. The model's parameters of the layers are stacked
-    along the first dim, under the one key `stack`.
+    `loss` is `head` of `run_layers` of `embed`, and what the layers add. The model's parameters of
+    the layers are stacked along the first dim, under the one key `stack`.
     """
 
     @property
@@ -98,8 +122,8 @@ class LayeredTask(Task, Protocol):
         key: jax.Array | None,
         layers: Layers | None = None,
         taps: dict[str, jax.Array] | None = None,
-    ) -> tuple[jax.Array, Operands | None]:
-        """What leaves the layers that the model has.
+    ) -> LayersOutput:
+        """Runs the layers that the model has.
 
         Args:
             model: with all layers, or some.
@@ -111,7 +135,7 @@ class LayeredTask(Task, Protocol):
                 like the outputs of the projections by their paths in a layer, stacked.
 
         Returns:
-            [B, T, D], and of what those gradients are made, stacked (None without taps).
+            The output.
         """
         ...
 

@@ -15,11 +15,10 @@ from spmd_train.nn.attention import Tokens
 from spmd_train.nn.dropout import DropoutKeys, dropout_keys
 from spmd_train.nn.loss import cross_entropy_sums
 from spmd_train.nn.moe import update_bias
-from spmd_train.nn.projection import Operands
 from spmd_train.nn.routing import RoutingStats
-from spmd_train.parallel.rules import LogicalAxes
+from spmd_train.parallel.rules import LogicalAxes, vary
 from spmd_train.parallel.stages import Layers
-from spmd_train.tasks.base import Batch, LossOutput, ModelState
+from spmd_train.tasks.base import Batch, LayersOutput, LossOutput, ModelState, add_sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,10 @@ class LanguageModel:
     def head_layers(self) -> float:
         """The head's matmul, in those of a block; attention counts its causal half."""
         c, k = self.model_config, self.model_config.resolved_head_dim
-        mlp = (3 if c.mlp == "swiglu" else 2) * c.mlp_dim * c.embed_dim
+        moe, width = self.moe_config, c.mlp_dim
+        if moe.num_experts:
+            width = moe.top_k * moe.expert_width(c) + moe.shared_width(c)
+        mlp = (3 if c.mlp == "swiglu" else 2) * width * c.embed_dim
         projections = 2 * (c.num_heads + c.resolved_kv_heads) * k * c.embed_dim
         attention = self.sequence_length * c.num_heads * k
         return c.vocab_size * c.embed_dim / (mlp + projections + attention)
@@ -86,13 +88,10 @@ class LanguageModel:
         The metrics are `cross_entropy` and `accuracy`; with experts also `load_balancing_loss` and
         `router_z_loss` (means over layers, unweighted), `expert_load` and `expert_dropped`.
         """
-        assert isinstance(model, Transformer)
         x_BTD = self.embed(model, batch, key=key)
-        x_BTD, _, routing, _ = model.run_blocks(
-            x_BTD, tokens=self._tokens(batch), dropout=self._dropout(batch, key)
-        )
+        x_BTD, sums, _ = self.run_layers(model, x_BTD, batch, key=key)
         output = self.head(model, x_BTD, batch)
-        return output if routing is None else self._with_routing(output, routing, batch)
+        return output if sums is None else add_sums(output, sums)
 
     def embed(self, model: nnx.Module, batch: Batch, *, key: jax.Array | None) -> jax.Array:
         """What enters the first block, [B, T, D]."""
@@ -109,14 +108,15 @@ class LanguageModel:
         key: jax.Array | None,
         layers: Layers | None = None,
         taps: dict[str, jax.Array] | None = None,
-    ) -> tuple[jax.Array, Operands | None]:
-        """What leaves the blocks, [B, T, D], and what `Transformer.run_blocks` says of taps."""
+    ) -> LayersOutput:
+        """Runs the blocks; what they add to the loss is their routers'."""
         assert isinstance(model, Transformer)
         tokens, dropout = self._tokens(batch), self._dropout(batch, key)
-        x, _, _, operands = model.run_blocks(
+        x, _, routing, operands = model.run_blocks(
             x, tokens=tokens, dropout=dropout, layers=layers, taps=taps
         )
-        return x, operands
+        sums = None if routing is None else self._routing_sums(routing, batch, layers)
+        return LayersOutput(x, sums, operands)
 
     def head(self, model: nnx.Module, x: jax.Array, batch: Batch) -> LossOutput:
         """The loss of what leaves the last block."""
@@ -137,23 +137,29 @@ class LanguageModel:
             metric_sums={"cross_entropy": sums.cross_entropy, "accuracy": sums.correct},
         )
 
-    def _with_routing(self, output: LossOutput, routing: RoutingStats, batch: Batch) -> LossOutput:
-        """Adds the router's losses, each layer's and each sequence's times the tokens it counts."""
+    def _routing_sums(
+        self, routing: RoutingStats, batch: Batch, layers: Layers | None
+    ) -> LossOutput:
+        """The router's losses, each layer's and each sequence's times the tokens it counts."""
         moe, weights_B = self.moe_config, jnp.sum(batch["weights"], axis=1)
         balance, z_squared = (
             jnp.sum(x_LB * weights_B) for x_LB in (routing.balance, routing.z_squared)
         )
-        loss_sum = output.loss_sum + moe.router_z_loss * z_squared
+        loss_sum = moe.router_z_loss * z_squared
         if moe.balance == "loss":
             loss_sum += moe.load_balancing_loss * balance
-        num_layers = self.model_config.num_layers
+        num_layers, load_LE = self.model_config.num_layers, jnp.sum(routing.load, axis=1)
+        if layers is not None:
+            # An empty place of the stack has no load, so that it may add to any layer's.
+            zeros_LE = jnp.zeros((num_layers, moe.num_experts), load_LE.dtype)
+            load_LE = vary(zeros_LE).at[layers.indices].add(load_LE)
         metric_sums = {
             "load_balancing_loss": balance / num_layers,
             "router_z_loss": z_squared / num_layers,
-            "expert_load": jnp.sum(routing.load, axis=1),
+            "expert_load": load_LE,
             "expert_dropped": jnp.sum(routing.dropped),
         }
-        return LossOutput(loss_sum, output.weight_sum, output.metric_sums | metric_sums)
+        return LossOutput(loss_sum, jnp.zeros_like(loss_sum), metric_sums)
 
     def update_model_state(self, model_state: ModelState, sums: LossOutput) -> ModelState:
         """Moves the experts' biases towards an even load."""

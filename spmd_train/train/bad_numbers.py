@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,21 @@ def read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     try:
         told = json.loads((folder / "bundle.json").read_bytes())
-        with np.load(folder / "batch.npz", allow_pickle=False) as arrays:
+        types = {"step": int, "why": str, "batch": int, "config": dict}
+        if not isinstance(told, dict) or any(
+            type(told.get(name)) is not kind for name, kind in types.items()
+        ):
+            raise ValueError("bundle.json must have step, why, batch and config")
+        path = folder / "batch.npz"
+        with zipfile.ZipFile(path) as members:
+            # We compress nothing; who does may unfold to more than there is memory.
+            if any(m.file_size > path.stat().st_size for m in members.infolist()):
+                raise ValueError("batch.npz holds more than its own size")
+        with np.load(path, allow_pickle=False) as arrays:
             batch = dict(arrays)
-        if not {"step", "why", "batch", "config"} <= told.keys():
-            raise ValueError("bundle.json lacks keys")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder}: is no bundle of a bad step: {error}") from error
+    except Exception as error:  # zipfile, zlib and NumPy's headers have an error each for damage.
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ConfigError(f"{folder}: is no bundle of a bad step: {why}") from error
     return told, batch
 
 

@@ -60,12 +60,15 @@ def run_loop(
         if pending is not None:
             step, metrics = pending
             pending = None
-            events.stepped(step, jax.device_get(metrics))
+            with clock.devices():
+                values = jax.device_get(metrics)
+            events.stepped(step, values)
 
     for step in range(start_step + 1, num_steps + 1):
         with clock.waiting():
             batch = next(batches)
-        state, metrics = program.train_step(state, batch)
+        with clock.devices():
+            state, metrics = program.train_step(state, batch)
         clock.step_done()
         report()
         pending = step, metrics

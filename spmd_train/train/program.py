@@ -31,7 +31,8 @@ from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layou
 from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
-from spmd_train.train.pipeline import Pipeline, make_pipeline, pipeline_rules
+from spmd_train.train.make_pipeline import make_pipeline, pipeline_rules
+from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.state import FunctionalModel, Params, TrainState, join
 from spmd_train.train.ticks import pipelined_gradients, pipelined_sums
 
@@ -110,7 +111,7 @@ def make_program(
     """
     model = FunctionalModel(task)
     pipeline = pipeline or PipelineConfig()
-    rules = pipeline_rules(make_rules(sharding), sharding, pipeline, task=task, mesh=mesh)
+    rules = pipeline_rules(make_rules(sharding), sharding, pipeline, model=model, mesh=mesh)
     param_plans = plan_params(
         model.abstract_params,
         model.logical_axes,
@@ -168,7 +169,8 @@ def make_program(
                 return task.loss(model.merge(variables), microbatch, key=key)
 
             if pipe is not None:
-                grads, sums, _ = pipelined_gradients(pipe, state.params, batch, key=key)
+                variables = join(state.params, state.model_state)
+                grads, sums, _ = pipelined_gradients(pipe, variables, batch, key=key)
             else:
                 grads, sums = sum_gradients(
                     loss,
@@ -198,9 +200,10 @@ def make_program(
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
+            batch = placed(batch)
             if pipe is not None:
                 return _metrics(pipelined_sums(pipe, params, batch))
-            return _metrics(task.loss(model.merge(params), placed(batch), key=None))
+            return _metrics(task.loss(model.merge(params), batch, key=None))
 
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)

@@ -13,7 +13,7 @@ from spmd_train.parallel.rules import constrain, leaf_path, vary
 from spmd_train.parallel.schedule_table import Schedule
 from spmd_train.parallel.schedules import Columns, columns
 from spmd_train.parallel.stages import AXIS, Layers
-from spmd_train.tasks import Batch, LossOutput
+from spmd_train.tasks import Batch, LayersOutput, LossOutput, add_sums
 from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.state import Params
 
@@ -36,6 +36,11 @@ def cond(
 def zeros(shapes: Tree) -> Any:
     """Arrays of zeros that differ from device to device."""
     return vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+
+
+def add_to(total: LossOutput, more: LossOutput | None) -> LossOutput:
+    """`add_sums`, where the total has a place for all that is counted."""
+    return total if more is None else vary(add_sums(total, more))
 
 
 def add(total: Tree, more: Tree) -> Any:
@@ -62,7 +67,7 @@ class Stage:
         blocks: parameters of its layers [V, N, ...], ready to compute with.
         outer: the other parameters, which every device has.
         activation: shape and dtype of what goes from stage to stage.
-        sums: those of the loss.
+        sums: those of the loss, of head and layers.
     """
 
     def __init__(
@@ -82,13 +87,17 @@ class Stage:
         }
         self._first = {name: x[0, 0] for name, x in self._parts.items()}
         self.activation = jax.eval_shape(self.embed, self.outer, self._first)
-        self.sums = jax.eval_shape(
-            lambda: self.head(self.outer, zeros(self.activation), self._first)
-        )
+        self.sums = jax.eval_shape(self._all_sums)
+
+    def _all_sums(self) -> LossOutput:
+        x, sums, _ = self.run(self.chunk(0), zeros(self.activation), self._first, 0)
+        head = self.head(self.outer, x, self._first)
+        return head if sums is None else add_sums(head, sums)
 
     def reduced(self, blocks: Params, outer: Params) -> Params:
         """Sums of all devices' gradients, on the shards that the plan gives each."""
-        return self.pipe.reduced({self.pipe.task.stack: blocks, **outer}, self._layers)
+        grads = {self.pipe.task.stack: blocks, **outer}
+        return self.pipe.reduced(self.pipe.model.split(grads)[0], self._layers)
 
     def accumulators(self) -> tuple[Params, Params]:
         """Float32 zeros for the gradients of `blocks` and of `outer`."""
@@ -106,11 +115,11 @@ class Stage:
 
     def run(
         self, blocks: Params, x: jax.Array, part: Batch, chunk: Any, taps: Leaves | None = None
-    ) -> tuple[jax.Array, Operands | None]:
-        """What leaves a chunk, given its parameters; with taps, see `LayeredTask.run_layers`."""
+    ) -> LayersOutput:
+        """Runs a chunk, given its parameters; with taps, see `LayeredTask.run_layers`."""
         indices = self._layers[chunk]
         exists = None if self.pipe.stages.is_even else indices >= 0
-        y, operands = self.pipe.task.run_layers(
+        output = self.pipe.task.run_layers(
             self._merge(self.outer, blocks),
             x,
             part,
@@ -118,11 +127,11 @@ class Stage:
             layers=Layers(jnp.maximum(indices, 0), exists),
             taps=taps,
         )
-        return constrain(y, ACTIVATION), operands
+        return output._replace(x=constrain(output.x, ACTIVATION))
 
     def operands(self) -> Operands:
         """Shapes of what a chunk's weight gradients are made of."""
-        run = lambda x: self.run(self.chunk(0), x, self._first, 0, {})[1]  # noqa: E731
+        run = lambda x: self.run(self.chunk(0), x, self._first, 0, {}).operands  # noqa: E731
         shapes: Any = jax.eval_shape(lambda: run(zeros(self.activation)))
         return shapes
 

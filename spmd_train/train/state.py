@@ -75,9 +75,9 @@ class FunctionalModel:
         pure_tree = nnx.to_pure_dict(state)
         pure = jax.tree_util.tree_flatten_with_path(pure_tree)[0]
         assert paths == [leaf_path(p) for p, _ in pure], "module and pure tree differ in order"
-        self.abstract_params, self.abstract_model_state = self._split(pure_tree)
+        self.abstract_params, self.abstract_model_state = self.split(pure_tree)
 
-    def _split(self, tree: Params) -> tuple[Params, ModelState]:
+    def split(self, tree: Params) -> tuple[Params, ModelState]:
         """Undoes `join`."""
         if not self._model_state:
             return tree, {}
@@ -88,7 +88,7 @@ class FunctionalModel:
 
     def init(self, key: jax.Array) -> tuple[Params, ModelState]:
         """Initial parameters and model state, a function of the key alone."""
-        return self._split(nnx.to_pure_dict(nnx.split(self.task.make_model(key))[1]))
+        return self.split(nnx.to_pure_dict(nnx.split(self.task.make_model(key))[1]))
 
     def merge(self, params: Params) -> Any:
         """The module with these parameters; with a model state, `join` them first."""

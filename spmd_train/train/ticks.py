@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +25,9 @@ from spmd_train.nn.projection import weight_gradients
 from spmd_train.parallel.rules import to_spec, vary
 from spmd_train.parallel.schedules import Columns, forward_only
 from spmd_train.parallel.stages import AXIS
-from spmd_train.tasks import Batch, LossOutput
+from spmd_train.tasks import Batch, LayersOutput, LossOutput
 from spmd_train.train.pipeline import Pipeline
-from spmd_train.train.stage import Leaves, Place, Stage, add, cond, zeros
+from spmd_train.train.stage import Leaves, Place, Stage, add, add_to, cond, zeros
 from spmd_train.train.state import Params
 
 
@@ -45,7 +46,7 @@ def pipelined_gradients(
 
     Args:
         pipe: stages and schedule.
-        params: sharded as planned.
+        params: sharded as planned, with the model state.
         batch: the global batch; every array has its examples along the first dim.
         key: of the step, for dropout.
 
@@ -57,6 +58,7 @@ def pipelined_gradients(
     scale = 1.0 / math.prod(next(iter(batch.values())).shape)
     loop = functools.partial(_gradients, pipe, scale=scale)
     grads, sums, calls = _by_hand(pipe, loop, params, batch, key, with_grads=True)
+    grads = pipe.from_stages(grads)
     factor = 1.0 / (scale * jnp.maximum(sums.weight_sum, 1.0))
     return jax.tree.map(lambda g: g * factor, grads), sums, calls
 
@@ -69,17 +71,21 @@ def pipelined_sums(pipe: Pipeline, params: Params, batch: Batch) -> LossOutput:
 def _by_hand(
     pipe: Pipeline, loop: Any, params: Params, batch: Batch, key: Any, *, with_grads: bool
 ) -> Any:
-    specs = jax.tree_util.tree_map_with_path(lambda path, _: to_spec(pipe.hand_dims(path)), params)
+    def specs(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: to_spec(pipe.hand_dims(path)), params
+        )
+
     rows = {name: P(tuple(a for a in pipe.hand if a != AXIS)) for name in batch}
     place = Place(jnp.arange(pipe.stages.num_devices), jnp.asarray(pipe.stages.layers))
     f = jax.shard_map(
         loop,
         mesh=pipe.layout.mesh,
-        in_specs=(specs, rows, P(), P(AXIS)),
-        out_specs=(specs, P(), P()) if with_grads else P(),
+        in_specs=(specs(params), rows, P(), P(AXIS)),
+        out_specs=(specs(pipe.model.split(params)[0]), P(), P()) if with_grads else P(),
         axis_names=set(pipe.hand),
     )
-    return f(params, batch, key, place)
+    return f(pipe.to_stages(params), batch, key, place)
 
 
 class _Deferred(NamedTuple):
@@ -153,7 +159,7 @@ def _gradients(
 
     def forward(c: _Carry, chunk: Any, part: Batch) -> tuple[jax.Array, jax.Array, Calls]:
         def compute(x: jax.Array, calls: Calls) -> tuple[jax.Array, Calls]:
-            y, _ = stage.run(stage.chunk(chunk), x, part, chunk)
+            y = stage.run(stage.chunk(chunk), x, part, chunk).x
             return y, calls._replace(forward=calls.forward + 1)
 
         x = _entering(stage, c.x, chunk, part)
@@ -168,42 +174,57 @@ def _gradients(
 
         _, pull, more = jax.vjp(loss, stage.outer, x, has_aux=True)
         outer_grads, g = pull(vary(jnp.float32(1)))
-        return g, add(outer, outer_grads), add(sums, more)
+        return g, add(outer, outer_grads), add_to(sums, more)
 
     def embed_backward(g: jax.Array, outer: Params, part: Batch) -> Params:
         _, pull = jax.vjp(lambda outer: stage.embed(outer, part), stage.outer)
         return add(outer, pull(g)[0])
 
-    def layers_backward(c: _Carry, row: Columns, part: Batch) -> tuple[jax.Array, Any]:
-        """What leaves the layers, and what takes its gradient to (grads, g, deferred)."""
+    def layers_backward(c: _Carry, row: Columns, part: Batch) -> tuple[LayersOutput, Any]:
+        """A run of the layers, and what takes the gradient of `x` to (grads, g, deferred)."""
         chunk, x = row.backward_chunk, _take(c.inputs, row.backward_slot)
+
+        def linearized(run: Callable[..., LayersOutput], *args: Any) -> tuple[LayersOutput, Any]:
+            """The output, and what takes the gradient of `x` to those of the arguments."""
+
+            def losses(*args: Any) -> tuple[Any, LayersOutput]:
+                output = run(*args)
+                added = None if output.sums is None else vary(output.sums.loss_sum * scale)
+                return (output.x, added), output
+
+            (_, added), pull, output = jax.vjp(losses, *args, has_aux=True)
+            one = None if added is None else jnp.ones_like(added)
+            return output, lambda g: pull((g, one))
+
         if c.deferred is None:
-            run = lambda p, x: stage.run(p, x, part, chunk)[0]  # noqa: E731
-            y, pull = jax.vjp(run, stage.chunk(chunk), x)
-            return y, lambda g: (*pull(g), None)
+            run = lambda p, x: stage.run(p, x, part, chunk)  # noqa: E731
+            output, pull = linearized(run, stage.chunk(chunk), x)
+            return output, lambda g: (*pull(g), None)
         deferred = c.deferred
         now, later = stage.split(stage.chunk(chunk), deferred.kernels)
 
-        def run_tapped(now: Leaves, x: jax.Array, taps: Leaves) -> Any:
+        def run_tapped(now: Leaves, x: jax.Array, taps: Leaves) -> LayersOutput:
             return stage.run(stage.nested(now | later), x, part, chunk, taps)
 
         taps = vary(jax.tree.map(lambda d: jnp.zeros_like(d[0]), deferred.gradients))
-        y, pull, operands = jax.vjp(run_tapped, now, x, taps, has_aux=True)
+        output, pull = linearized(run_tapped, now, x, taps)
+        operands = output.operands
+        assert operands is not None
 
         def pull_and_keep(g: jax.Array) -> tuple[Leaves, jax.Array, _Deferred]:
             grads, g, tap_grads = pull(g)
             return grads, g, deferred.keep(row.backward_microbatch, operands.inputs, tap_grads)
 
-        return y, pull_and_keep
+        return output, pull_and_keep
 
     def backward(c: _Carry, row: Columns, part: Batch) -> _Carry:
         chunk = row.backward_chunk
-        y, pull = layers_backward(c, row, part)
+        (y, layer_sums, _), pull = layers_backward(c, row, part)
         g, outer, sums = cond(
             stage.is_last(chunk),
             lambda y, g, outer, sums: head_backward(y, outer, sums, part),
             lambda y, g, outer, sums: (g, outer, sums),
-            *(y, c.g, c.outer, c.sums),
+            *(y, c.g, c.outer, add_to(c.sums, layer_sums)),
         )
         grads, g, deferred = pull(g)
         outer = cond(
@@ -289,12 +310,12 @@ def _sums(pipe: Pipeline, params: Params, batch: Batch, key: Any, place: Place) 
         def forward(x: jax.Array, sums: LossOutput) -> tuple[jax.Array, LossOutput]:
             part = part_of(row.forward_microbatch)
             x = _entering(stage, x, chunk, part)
-            y, _ = stage.run(stage.chunk(chunk), x, part, chunk)
+            y, layer_sums, _ = stage.run(stage.chunk(chunk), x, part, chunk)
             sums = cond(
                 stage.is_last(chunk),
-                lambda y, sums: add(sums, stage.head(stage.outer, y, part)),
+                lambda y, sums: add_to(sums, stage.head(stage.outer, y, part)),
                 lambda y, sums: sums,
-                *(y, sums),
+                *(y, add_to(sums, layer_sums)),
             )
             return y, sums
 

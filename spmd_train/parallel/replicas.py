@@ -1,0 +1,147 @@
+"""Silent corruption: do the copies of each array still agree, device for device?
+
+Data parallelism computes the same parameters on every copy. A device that now and then computes or
+remembers wrongly makes its copy another, and nothing in the program would ever notice. Here every
+device hashes what it holds, and the hashes, a few bytes, are compared.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from spmd_train.parallel.rules import leaf_path
+
+
+class CorruptStateError(Exception):
+    """Copies of the state that must be the same are not; it must not be saved."""
+
+
+class ReplicaCheck:
+    """Compares the copies of a train state's leaves, without moving them."""
+
+    def __init__(self, abstract_state: Any, *, hosts: Sequence[str]) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            abstract_state: tree of ShapeDtypeStructs with NamedShardings on one mesh.
+            hosts: the host's name of each process.
+        """
+        self._hosts = hosts
+        flat = jax.tree_util.tree_flatten_with_path(abstract_state)[0]
+        self._mesh = flat[0][1].sharding.mesh
+        # Groups of devices that hold the same shard, for each leaf that is somewhere twice.
+        self._groups = {
+            leaf_path(path): groups
+            for path, leaf in flat
+            if (groups := self._copies(leaf.sharding)).shape[1] > 1
+        }
+        specs = [leaf.sharding.spec for path, leaf in flat if leaf_path(path) in self._groups]
+        mesh = self._mesh
+        self._hash = jax.jit(
+            jax.shard_map(
+                lambda leaves: jnp.stack([_fingerprint(leaf) for leaf in leaves])[None],
+                mesh=mesh,
+                in_specs=(specs,),
+                out_specs=PartitionSpec(mesh.axis_names),
+                check_vma=False,
+            ),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything is there more than once."""
+        return bool(self._groups)
+
+    def check(self, step: int, state: Any) -> None:
+        """Compares; every process must call it.
+
+        Args:
+            step: optimizer steps done, for the message.
+            state: as planned.
+
+        Raises:
+            CorruptStateError: copies differ; the leaves, devices and hosts are named. Of two
+                copies none can tell which is right: both are.
+        """
+        if not self.needed:
+            return
+        flat = jax.tree_util.tree_flatten_with_path(state)[0]
+        leaves = [leaf for path, leaf in flat if leaf_path(path) in self._groups]
+        table_DL = np.asarray(jax.device_get(self._hash(leaves)))
+        bad: dict[int, list[str]] = collections.defaultdict(list)
+        for hash_D, (name, groups) in zip(table_DL.T, self._groups.items(), strict=True):
+            for group in groups:
+                for device in _outvoted(group, hash_D[group]):
+                    bad[device].append(name)
+        if bad:
+            raise CorruptStateError(self._message(step, bad))
+
+    def _copies(self, sharding: NamedSharding) -> np.ndarray:
+        """Flat numbers of devices in the mesh: a row for each shard, its copies side by side."""
+        names = self._mesh.axis_names
+        used = set(_flat_axes(sharding.spec))
+        order = [names.index(a) for a in names if a in used]
+        rest = [names.index(a) for a in names if a not in used]
+        numbers = np.arange(self._mesh.size).reshape(self._mesh.devices.shape)
+        return numbers.transpose(order + rest).reshape(
+            math.prod(self._mesh.devices.shape[i] for i in order), -1
+        )
+
+    def _message(self, step: int, bad: dict[int, list[str]]) -> str:
+        lines = []
+        for number, leaves in sorted(bad.items()):
+            device = self._mesh.devices.flat[number]
+            where = f"process {device.process_index} on {self._hosts[device.process_index]}"
+            more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
+            lines.append(f"{device} of {where}: {', '.join(leaves[:3])}{more}")
+        return (
+            f"step {step}: copies of the state that must be the same differ (silent corruption). "
+            "Not as the most, or one of two:\n  "
+            + "\n  ".join(lines)
+            + "\nThe state was not saved. Take the device out; the same command line goes on from "
+            "the newest checkpoint"
+        )
+
+
+def _outvoted(group: np.ndarray, hashes: np.ndarray) -> list[int]:
+    """The devices of a group that differ from the majority; all of them if there is none."""
+    values, counts = np.unique(hashes, return_counts=True)
+    if len(values) == 1:
+        return []
+    most = counts.max()
+    if 2 * most <= len(group):
+        return group.tolist()
+    return group[hashes != values[counts.argmax()]].tolist()
+
+
+def _flat_axes(spec: PartitionSpec) -> list[str]:
+    axes: list[str] = []
+    for entry in spec:
+        axes += [entry] if isinstance(entry, str) else list(entry or ())
+    return axes
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """uint32 of an array's bits: each word times an odd number of its position, summed mod 2^32.
+
+    Every change of one word changes the sum: it is a difference times an odd number.
+    """
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
+    words = bits.astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    # Not x.reshape(-1), which on TPUs is a copy.
+    for dim, size in enumerate(words.shape):
+        position = position * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(
+            jnp.uint32, words.shape, dim
+        )
+    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)

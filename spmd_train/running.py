@@ -1,0 +1,201 @@
+"""What happens around the steps of a run: logging, evaluation, checkpoints, stopping, checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+
+from spmd_train.checkpoint import Checkpointer
+from spmd_train.config import TrainConfig, to_dict
+from spmd_train.data import Dataset
+from spmd_train.experiment import Experiment
+from spmd_train.observe import (
+    Goodput,
+    Heartbeat,
+    Progress,
+    StepClock,
+    Stragglers,
+    Writers,
+    device_memory_bytes,
+    device_peak_flops,
+    mfu,
+    model_flops_per_token,
+)
+from spmd_train.parallel.replicas import ReplicaCheck
+from spmd_train.train.bad_numbers import NumbersWatch
+from spmd_train.train.evaluate import means, with_bits_per_byte
+from spmd_train.train.loop import LoopEvents
+from spmd_train.train.preemption import PreemptedError, StopNotice
+from spmd_train.train.program import Metrics
+from spmd_train.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watchers:
+    """Who is told of a run's steps.
+
+    Attributes:
+        writers: of metrics.
+        progress: for people.
+        clock: of the loop.
+        goodput: where the wall time goes.
+        heartbeat: for the supervisor.
+        notice: whether to stop.
+        stragglers: which process is slow.
+        replicas: whether copies of the state still agree.
+    """
+
+    writers: Writers
+    progress: Progress
+    clock: StepClock
+    goodput: Goodput
+    heartbeat: Heartbeat
+    notice: StopNotice
+    stragglers: Stragglers
+    replicas: ReplicaCheck
+
+
+_DUE: dict[str, Callable[[TrainConfig], int]] = {
+    "eval_every": lambda train: train.eval_every,
+    "checkpoint_every": lambda train: train.checkpoint_every,
+    "check_replicas_every": lambda train: train.check_replicas_every,
+}
+
+
+class Run:
+    """What the loop calls around its steps."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: Dataset,
+        eval_data: Dataset | None,
+        checkpoints: Checkpointer,
+        watchers: Watchers,
+        *,
+        batches_ahead: int,
+    ) -> None:
+        """Does nothing yet.
+
+        Args:
+            experiment: what is trained.
+            data: of the train split.
+            eval_data: of the eval split, if it is evaluated.
+            checkpoints: where to save.
+            watchers: who is told.
+            batches_ahead: batches that rollbacks have left out before this step.
+        """
+        self._experiment = experiment
+        self._data = data
+        self._eval_data = eval_data
+        self._checkpoints = checkpoints
+        self._watchers = watchers
+        self._batches_ahead = batches_ahead
+        self._numbers = NumbersWatch(experiment.config.train)
+        # For the next line of metrics, whichever step that is of.
+        self._told: dict[str, float] = {}
+        self._stopping = False
+        config, mesh = experiment.config, experiment.program.mesh
+        self._flops_per_token = model_flops_per_token(
+            config.model, config.moe, sequence_length=config.data.sequence_length
+        )
+        self._peak_flops = device_peak_flops(
+            config.observe,
+            device_kind=mesh.devices.flat[0].device_kind,
+            dtype=config.model.compute_dtype,
+        )
+
+    @property
+    def events(self) -> LoopEvents:
+        """For `run_loop`."""
+        return LoopEvents(self._stepped, self._pause_due, self._paused)
+
+    def _stepped(self, step: int, metrics: Metrics) -> None:
+        """Logs a step if it is due."""
+        watchers = self._watchers
+        watchers.progress.update(step)
+        watchers.heartbeat.beat(step, self._checkpoints.committed)
+        watchers.goodput.stepped(step)
+        weight = float(metrics["weight_sum"])
+        self._numbers.check(
+            step,
+            loss=float(metrics["loss_sum"]) / weight if weight else 0.0,
+            grad_norm=float(metrics["grad_norm"]),
+        )
+        self._told |= watchers.stragglers.stepped(step)
+        train = self._experiment.config.train
+        if step % train.log_every and step not in (1, train.num_steps):
+            return
+        values: dict[str, float | None] = {
+            **with_bits_per_byte(means(metrics), bytes_per_token=self._data.bytes_per_token),
+            **watchers.clock.read(step),
+            **device_memory_bytes(jax.local_devices()),
+            **self._told,
+        }
+        self._told = {}
+        values["mfu"] = mfu(
+            values["tokens_per_second"],
+            flops_per_token=self._flops_per_token,
+            num_devices=self._experiment.program.mesh.size,
+            peak_flops=self._peak_flops,
+        )
+        self._log(step, "train", values)
+
+    def _pause_due(self, step: int) -> bool:
+        """Whether anything is due that needs the state, or the run is told to stop."""
+        self._watchers.goodput.become("train")  # From here on the first step is compiled.
+        agreed = self._watchers.notice.agreed(step)
+        self._stopping = agreed and step < self._experiment.config.train.num_steps
+        return self._stopping or any(self._due(step, every) for every in _DUE)
+
+    def _paused(self, step: int, state: TrainState) -> None:
+        """Saves, then evaluates while the files are being written."""
+        goodput = self._watchers.goodput
+        saving = self._stopping or self._due(step, "checkpoint_every")
+        if saving or self._due(step, "check_replicas_every"):
+            self._check_replicas(step, state)
+        if saving:
+            begin = time.monotonic()
+            with goodput.span("save"):
+                self._save(step, state)
+                goodput.write(saved=step)
+            waited = time.monotonic() - begin
+            self._told["save_seconds"] = self._told.get("save_seconds", 0.0) + waited
+        if self._stopping:
+            with goodput.span("save"):
+                self._checkpoints.wait()
+            raise PreemptedError(step, interrupted=self._watchers.notice.interrupted)
+        if self._eval_data is not None and self._due(step, "eval_every"):
+            with goodput.span("eval"):
+                values = self._experiment.evaluate(state.eval_params, self._eval_data)
+            self._log(step, "eval", dict(values))
+
+    def _check_replicas(self, step: int, state: TrainState) -> None:
+        if self._experiment.config.train.check_replicas_every:
+            with self._watchers.goodput.span("check"):
+                self._watchers.replicas.check(step, state)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        config = self._experiment.config
+        meta = {
+            "config": to_dict(config),
+            "data": {
+                "next_batch": step + self._batches_ahead,
+                "global_batch_size": config.train.global_batch_size,
+            },
+            "mesh": {a: n for a, n in self._experiment.program.mesh.shape.items() if n > 1},
+        }
+        self._checkpoints.save(step, state, meta)
+
+    def _due(self, step: int, every: str) -> bool:
+        train = self._experiment.config.train
+        interval = _DUE[every](train)
+        last = every != "check_replicas_every" and step == train.num_steps
+        return bool(interval) and (step % interval == 0 or last)
+
+    def _log(self, step: int, split: str, values: dict[str, float | None]) -> None:
+        self._watchers.writers.write(step, split, values)
+        self._watchers.progress.log(step, split, values)

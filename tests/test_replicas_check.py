@@ -1,0 +1,107 @@
+"""Silent corruption: a copy of the state that is no longer one is found, and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import fault_helpers as faults
+import jax
+import numpy as np
+import pytest
+from helpers import program_of
+
+from spmd_train import running, training
+from spmd_train.checkpoint import steps
+from spmd_train.cli.main import main
+from spmd_train.config import load_config, parse
+from spmd_train.parallel.replicas import CorruptStateError, ReplicaCheck
+
+HOSTS = ["host-a"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    program = program_of({"data": 2, "fsdp": 2, "tensor": 2})
+    return ReplicaCheck(program.abstract_state, hosts=HOSTS), program.init(0)
+
+
+def with_flip(array, *, device, bit, at=0):
+    """A global array of which one device's copy has one bit turned."""
+    parts = []
+    for shard in array.addressable_shards:
+        data = np.array(shard.data)
+        if shard.device == device:
+            data.reshape(-1).view(np.uint8)[at * data.itemsize + bit // 8] ^= 1 << bit % 8
+        parts.append(jax.device_put(data, shard.device))
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+
+def corrupt(state, path, **where):
+    """The state with a flip in the parameter `path`, a tuple of keys."""
+
+    def change(tree, keys):
+        if not keys:
+            return with_flip(tree, **where)
+        return {**tree, keys[0]: change(tree[keys[0]], keys[1:])}
+
+    return dataclasses.replace(state, params=change(state.params, path))
+
+
+def test_replicas_that_agree_pass(trained):
+    check, state = trained
+    assert check.needed
+    check.check(3, state)
+
+
+@pytest.mark.parametrize("bit, at", [(0, 0), (31, 0), (17, 100)])
+def test_replicas_one_flipped_bit_is_found(trained, bit, at):
+    """An embedding table in four shards, each there twice: of two none can be called right."""
+    check, state = trained
+    device = jax.devices()[3]
+    bad = corrupt(state, ("embedding", "table"), device=device, bit=bit, at=at)
+    with pytest.raises(CorruptStateError) as told:
+        check.check(40, bad)
+    found = re.findall(r"^  (\S+) of process 0 on host-a: (.*)$", str(told.value), re.MULTILINE)
+    assert "step 40" in str(told.value)
+    assert str(device) in [name for name, _ in found] and len(found) == 2
+    assert {leaves for _, leaves in found} == {"params/embedding/table"}
+
+
+def test_replicas_the_one_that_most_outvote_is_named(trained):
+    """Norm scales are on all eight devices."""
+    check, state = trained
+    device = jax.devices()[5]
+    bad = corrupt(state, ("final_norm", "scale"), device=device, bit=9)
+    with pytest.raises(CorruptStateError) as told:
+        check.check(1, bad)
+    found = re.findall(r"^  (\S+) of process", str(told.value), re.MULTILINE)
+    assert found == [str(device)]
+
+
+def test_replicas_without_copies_need_no_check():
+    check = ReplicaCheck(program_of({}).abstract_state, hosts=HOSTS)
+    assert not check.needed
+    check.check(1, None)
+
+
+def test_replicas_bad_state_ends_the_run_unsaved(tmp_path, monkeypatch, caplog):
+    """The check comes before each save; the checkpoint before stays the newest."""
+    words = faults.command(tmp_path / "run", devices=0, train__num_steps=12)
+    words += ["--config.train.checkpoint_every=4", "--config.mesh.data=8"]
+    real = running.Run._paused
+
+    def paused(self, step, state):
+        if step == 8:
+            state = corrupt(state, ("final_norm", "scale"), device=jax.devices()[2], bit=3)
+        real(self, step, state)
+
+    monkeypatch.setattr(running.Run, "_paused", paused)
+    assert main(words) == 1
+    assert str(jax.devices()[2]) in caplog.text and "silent corruption" in caplog.text
+    assert steps.committed_steps(tmp_path / "run" / "checkpoints") == [4]
+    monkeypatch.undo()
+    pairs = [w.removeprefix("--config.").split("=", 1) for w in words if w.startswith("--config.")]
+    config = parse(load_config(str(faults.ROOT / "configs" / "lm_tiny.py"), pairs))
+    training.train(config, workdir=tmp_path / "run")
+    assert steps.committed_steps(tmp_path / "run" / "checkpoints") == [8, 12]

@@ -1,0 +1,93 @@
+"""The process that holds the others up is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import fault_helpers as faults
+import pytest
+
+from spmd_train.observe import StepClock, Stragglers, read_jsonl
+from spmd_train.observe.stragglers import Pace, slowest
+
+# A host whose storage is slow: each batch takes 0.3 s to make.
+SLOW = """
+import sys, time
+from spmd_train.data import Dataset
+batch = Dataset.batch
+def slow(self, step, **options):
+    time.sleep(0.3)
+    return batch(self, step, **options)
+Dataset.batch = slow
+from spmd_train.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def pace(*, step=1.0, data=0.0, device=0.9):
+    return Pace(host="h", step=step, data=data, device=device, barrier=0.0)
+
+
+@pytest.mark.parametrize(
+    "paces, number, excess",
+    [
+        ([pace(), pace(data=0.5, device=0.2)], 1, 0.7),
+        ([pace(device=0.1), pace(), pace(), pace()], 0, 0.8),
+        ([pace(), pace(), pace(device=0.88)], 2, 0.02),
+    ],
+)
+def test_stragglers_are_those_that_others_wait_for(paces, number, excess):
+    assert slowest(paces) == (number, pytest.approx(excess))
+
+
+def test_stragglers_of_one_process_are_not_looked_for():
+    stragglers = Stragglers(StepClock(tokens_per_step=1), every=1)
+    assert not any(stragglers.stepped(step) for step in range(1, 5))
+
+
+def test_stragglers_slow_host_is_named(tmp_path):
+    """Two real processes; the second waits for its data."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    words = faults.command(
+        tmp_path / "run",
+        train__num_steps=12,
+        train__checkpoint_every=0,
+        data__num_threads=1,
+        data__prefetch=1,
+        observe__straggler_every=4,
+    )
+    logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
+    runs = []
+    for rank, log in enumerate(logs):
+        place = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "2", "PROCESS_ID": str(rank)}
+        environ = faults.environment({f"SPMD_TRAIN_{k}": v for k, v in place.items()})
+        code = ["-c", SLOW] if rank else ["-m", "spmd_train"]
+        with log.open("wb") as output:
+            runs.append(
+                subprocess.Popen(
+                    [sys.executable, *code, *words],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environ,
+                    cwd=faults.ROOT,
+                    start_new_session=True,
+                )
+            )
+    for run, log in zip(runs, logs, strict=True):
+        assert faults.end(run, log=log) == 0, log.read_text()
+    told = re.findall(r"step (\d+): process (\d) on (\S+) is slow: (\S+) s", logs[0].read_text())
+    assert [(step, number) for step, number, *_ in told] == [("4", "1"), ("8", "1"), ("12", "1")]
+    assert {host for _, _, host, _ in told} == {os.uname().nodename}
+    assert "is slow" not in logs[1].read_text(), "one process tells"
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    named = [line for line in lines if "slowest_process" in line]
+    assert [line["step"] for line in named] == [4, 8, 12]
+    for line in named:
+        assert line["slowest_process"] == 1
+        assert 0.1 < line["slowest_seconds"] < 1
