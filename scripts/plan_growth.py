@@ -24,7 +24,7 @@ MODEL = (
 )
 DEPTHS = tuple(("cpu:8", layers) for layers in (8, 20, 40, 80))
 CPUS = tuple((f"cpu:{devices}", 8) for devices in (16, 32, 64))
-TPUS = tuple((f"v5p:{shape}", 8) for shape in ("2x2x2", "4x4x4", "4x4x8", "8x8x8", "8x8x16"))
+TPUS = tuple((f"v5p:{shape}", 8) for shape in ("2x2x2", "4x4x4", "8x8x16"))
 
 
 def main():
