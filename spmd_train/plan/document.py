@@ -88,27 +88,27 @@ def format_plan(plan: Plan) -> Iterator[str]:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     spare = plan.usable_bytes - plan.needed_bytes
     yield (
-        f"memory per device: {verdict}: {_gib(plan.needed_bytes)} of {_gib(plan.usable_bytes)} "
-        f"usable ({_gib(plan.hbm_bytes)} by the "
+        f"memory per device: {verdict}: {gib(plan.needed_bytes)} of {gib(plan.usable_bytes)} "
+        f"usable ({gib(plan.hbm_bytes)} by the "
         f"{'data sheet' if chip else 'machine, shared out'}), "
-        f"{_gib(abs(spare))} {'to spare' if spare >= 0 else 'too much'}"
+        f"{gib(abs(spare))} {'to spare' if spare >= 0 else 'too much'}"
     )
     if plan.advice:
         yield f"  makes it fit: {plan.advice}"
     state = plan.state
-    yield f"  {_gib(state.parameters):>11}  parameters (plan, exact)"
-    yield f"  {_gib(state.optimizer):>11}  optimizer state (plan, exact)"
+    yield f"  {gib(state.parameters):>11}  parameters (plan, exact)"
+    yield f"  {gib(state.optimizer):>11}  optimizer state (plan, exact)"
     if plan.step:
-        yield f"  {_gib(plan.step.memory['temp_bytes']):>11}  temporaries (compiler), of which"
+        yield f"  {gib(plan.step.memory['temp_bytes']):>11}  temporaries (compiler), of which"
         yield (
-            f"  {_gib(state.gradients):>11}  float32 gradients (model); the rest is activations "
+            f"  {gib(state.gradients):>11}  float32 gradients (model); the rest is activations "
             "and buffers"
         )
     if plan.live:
         yield "  largest at the fullest moment (model: lifetimes in the compiled program):"
         for array in plan.live[:6]:
             place = "/".join(filter(None, (array.scope, array.source))) or array.instruction
-            yield f"  {_gib(array.bytes):>11}  {array.shape}  {place}"
+            yield f"  {gib(array.bytes):>11}  {array.shape}  {place}"
     if plan.step:
         yield ""
         yield "collectives per device and step (compiler; wire bytes are those of rings):"
@@ -174,5 +174,6 @@ def _speed(plan: Plan) -> Iterator[str]:
         )
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """Bytes as people read them: GiB, or MiB where they are few."""
     return f"{count / 2**30:.3f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"

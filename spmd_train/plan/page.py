@@ -9,7 +9,7 @@ from spmd_train.inspect.collectives import collective_summary
 from spmd_train.inspect.schedule import schedule_svg
 from spmd_train.observe.html import COLORS, page, stacked_bar
 from spmd_train.plan.answer import Plan
-from spmd_train.plan.document import format_plan
+from spmd_train.plan.document import format_plan, gib
 
 
 def as_html(plan: Plan) -> str:
@@ -20,7 +20,7 @@ def as_html(plan: Plan) -> str:
     )
     parts = [
         f"<p>{plan.num_params:,} parameters on {plan.num_devices} devices: {verdict}, "
-        f"{plan.needed_bytes / 2**30:.2f} of {plan.usable_bytes / 2**30:.2f} GiB.</p>",
+        f"{gib(plan.needed_bytes)} of {gib(plan.usable_bytes)}.</p>",
         *_memory(plan),
         *_network(plan),
         *_roofline(plan),
@@ -46,7 +46,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     for color, (name, size) in zip(COLORS, sizes.items(), strict=False):
         yield (
             f"<tr><td><span style='color:{color}'>&#9632;</span> {name}</td>"
-            f"<td class='n'>{size / 2**30:.3f} GiB</td></tr>"
+            f"<td class='n'>{gib(size)}</td></tr>"
         )
     yield "</table>"
 
@@ -56,7 +56,10 @@ def _network(plan: Plan) -> Iterator[str]:
         return
     by_axes: Mapping[str, int] = collective_summary(plan.step.collectives)["wire_bytes_by_axes"]
     yield "<h2>Sent by a device in a step, by mesh axis</h2>"
-    yield from _bars({axes or "one device": size / 1e9 for axes, size in by_axes.items()}, "GB")
+    large = max(by_axes.values()) >= 1e8
+    scale, unit = (1e9, "GB") if large else (1e6, "MB")
+    sizes = sorted(by_axes.items(), key=lambda item: -item[1])
+    yield from _bars({axes or "one device": size / scale for axes, size in sizes}, unit)
 
 
 def _roofline(plan: Plan) -> Iterator[str]:

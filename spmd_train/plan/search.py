@@ -115,7 +115,7 @@ def search(
     return SearchResult(
         rows=tuple(([winner] if winner else []) + rest),
         winner=winner,
-        num_considered=len(ranked),
+        ranked=tuple(ranked),
         num_too_large=too_large,
     )
 

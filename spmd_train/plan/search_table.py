@@ -39,14 +39,20 @@ class SearchResult:
     Attributes:
         rows: best first; the winner is the first if there is one.
         winner: compiled, and it fits; None if none of the compiled ones does.
-        num_considered: candidates whose batch and model divide.
+        ranked: all candidates whose batch and model divide, in the order of the formulas: what they
+            say fits, then the rest, each the fastest first.
         num_too_large: of them, those that formulas say do not fit.
     """
 
     rows: tuple[Row, ...]
     winner: Row | None
-    num_considered: int
+    ranked: tuple[tuple[Candidate, Estimate], ...]
     num_too_large: int
+
+    @property
+    def num_considered(self) -> int:
+        """How many candidates there are."""
+        return len(self.ranked)
 
 
 def format_search(result: SearchResult, *, target: Target) -> Iterator[str]:
