@@ -248,6 +248,21 @@ class Chaos:
     def empty_step(self) -> None:
         self._damage(lambda step: (shutil.rmtree(step), step.mkdir()))
 
+    def fill_disk(self) -> None:
+        """No room for a checkpoint until a save has failed (--disk: the run has a small one)."""
+        failed = b"could not be written ("
+        before = self.log.read_bytes().count(failed)
+        ballast = self.workdir / "ballast"
+        with ballast.open("wb") as file:
+            # A few pages stay, for metrics and the log of examples.
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.workdir).free - 2**18)
+        try:
+            helpers.until(
+                lambda: self.log.read_bytes().count(failed) > before, what="a save that fails"
+            )
+        finally:
+            ballast.unlink()
+
     FAULTS = (
         kill_rank,
         kill_coordinator,
@@ -291,16 +306,29 @@ def main() -> int:
     parser.add_argument("--num_processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=2, help="of each process")
     parser.add_argument("--folder", type=pathlib.Path, help="to work in, and to keep")
+    parser.add_argument("--kinds", help="only these, comma-separated (default: all)")
+    parser.add_argument("--disk", action="store_true", help="of 128 MiB, and it gets full, too")
     args = parser.parse_args()
+    if args.disk and "CHAOS_MOUNTS" not in os.environ:
+        # Mounts of its own, for which one need not be root.
+        os.environ["CHAOS_MOUNTS"] = "1"
+        os.execvp("unshare", ["unshare", "-Urm", sys.executable, *sys.argv])
+    kinds = Chaos.FAULTS + ((Chaos.fill_disk,) if args.disk else ())
+    if args.kinds:
+        kinds = tuple(kind for kind in kinds if kind.__name__ in args.kinds.split(","))
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     chaos = Chaos(args, folder)
+    if args.disk:
+        chaos.workdir.mkdir()
+        disk = ["mount", "-t", "tmpfs", "-o", "size=128m", "chaos", str(chaos.workdir)]
+        subprocess.run(disk, check=True)
     peace = folder / "peace"
     assert helpers.run(chaos.words(peace), log=folder / "peace.log", seconds=900) == 0
     # Each kind once, then again, in an order of the seed's.
     schedule: list[Callable[[Chaos], None]] = []
     while len(schedule) < args.faults:
-        schedule += chaos.random.sample(Chaos.FAULTS, len(Chaos.FAULTS))
+        schedule += chaos.random.sample(kinds, len(kinds))
     done: collections.Counter[str] = collections.Counter()
     seconds: dict[str, list[float]] = collections.defaultdict(list)
     chaos.start()
@@ -311,7 +339,7 @@ def main() -> int:
         began, attempts = time.monotonic(), chaos.attempts()
         fault(chaos)
         done[fault.__name__] += 1
-        chaos.until_stepping(1, after=attempts)
+        chaos.until_stepping(1, after=0 if fault is Chaos.fill_disk else attempts)
         seconds[fault.__name__].append(time.monotonic() - began)
         print(
             f"{sum(done.values()):3d} {fault.__name__:<20} {seconds[fault.__name__][-1]:6.1f} s",

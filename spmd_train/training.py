@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,7 +98,8 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
                     raise
                 checkpoints.settle()
                 good = checkpoints.newest_good() or 0
-                skip = bad_batch + 1 - _next_batch(checkpoints, good, rollbacks)
+                meta = checkpoints.meta(good) if good in checkpoints.steps() else {}
+                skip = bad_batch + 1 - _next_batch(meta, good, rollbacks)
                 log.warning("%s: back to step %d, without the %d batches since", bad, good, skip)
                 if leader:
                     rollbacks.add(step=good, skip=skip, bad_step=bad.step, why=bad.why)
@@ -230,9 +233,10 @@ def start_from(
     step = checkpoints.newest_good(before=before)
     if step is None:
         return program.init(config.train.seed), 0, rollbacks.skipped(0)
+    meta = checkpoints.meta(step)
     if drift:
         check_drift(
-            checkpoints.meta(step),
+            meta,
             config=to_dict(config),
             facts=cluster.code_facts(),
             policy=config.checkpoint,
@@ -240,12 +244,11 @@ def start_from(
         )
     state = checkpoints.restore(step, program.abstract_state)
     log.info("goes on from step %d in %s", step, checkpoints.directory)
-    return state, step, _next_batch(checkpoints, step, rollbacks)
+    return state, step, _next_batch(meta, step, rollbacks)
 
 
-def _next_batch(checkpoints: Checkpointer, step: int, rollbacks: Rollbacks) -> int:
+def _next_batch(meta: Mapping[str, Any], step: int, rollbacks: Rollbacks) -> int:
     """The batch that follows a checkpoint's: later than its step where batches were skipped."""
-    meta = checkpoints.meta(step) if step in checkpoints.steps() else {}
     return meta.get("data", {}).get("next_batch", step) + rollbacks.skipped(step)
 
 

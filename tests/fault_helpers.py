@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,6 +90,53 @@ def start(
             cwd=ROOT,
             start_new_session=True,
         )
+
+
+def run_together(
+    words: Sequence[str],
+    *,
+    folder: pathlib.Path,
+    prelude: Mapping[int, str],
+    num_processes: int = 2,
+    seconds: float = 300,
+) -> tuple[list[int], list[str]]:
+    """Runs `spmd-train WORDS` as processes of one run, without a supervisor.
+
+    Args:
+        words: the command.
+        folder: for `logRANK`.
+        prelude: Python that a rank runs first.
+        num_processes: of the run.
+        seconds: until they are killed.
+
+    Returns:
+        Exit codes and what was said, by rank.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    main = "import sys\nfrom spmd_train.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    logs = [folder / f"log{rank}" for rank in range(num_processes)]
+    runs = []
+    for rank, log in enumerate(logs):
+        place = {
+            "SPMD_TRAIN_COORDINATOR_ADDRESS": address,
+            "SPMD_TRAIN_NUM_PROCESSES": str(num_processes),
+            "SPMD_TRAIN_PROCESS_ID": str(rank),
+        }
+        with log.open("wb") as output:
+            runs.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", prelude.get(rank, "") + main, *words],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(place),
+                    cwd=ROOT,
+                    start_new_session=True,
+                )
+            )
+    codes = [end(run, log=log, seconds=seconds) for run, log in zip(runs, logs, strict=True)]
+    return codes, [log.read_text() for log in logs]
 
 
 def end(process: subprocess.Popen[bytes], *, log: pathlib.Path, seconds: float = 300) -> int:

@@ -25,6 +25,7 @@ from spmd_train.data import load_tokenizer
 from spmd_train.interop import model_config_from_hf
 from spmd_train.interop.hf_config import read_config
 from spmd_train.interop.safetensors_dir import open_tensors
+from spmd_train.observe import report
 from spmd_train.train.bad_numbers import read_bundle
 
 EXTRA_MEMORY = 1 << 30
@@ -128,6 +129,21 @@ def twisted_tensors(content: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
 
+def twisted_lines(content: bytes, rng: random.Random) -> bytes:
+    """Of JSON lines: one of them, or the bytes."""
+    if rng.random() < 0.3:
+        return damage(content, rng)
+    lines = content.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = json.dumps(twist(json.loads(lines[at]), rng)).encode()
+    return b"\n".join(lines) + b"\n"
+
+
+def read_whole_report(folder: pathlib.Path) -> object:
+    told = report.read_report(folder)
+    return report.as_html(told), json.dumps(report.as_document(told))
+
+
 def read_run_config(folder: pathlib.Path) -> object:
     return parse(load_config(str(folder / "config.json")))
 
@@ -144,6 +160,8 @@ KINDS: dict[str, tuple[str, Callable[..., bytes], Callable[[pathlib.Path], objec
     ),
     "bundle": ("bundle.json", twisted, read_bundle),
     "batch": ("batch.npz", damage, read_bundle),
+    "account": ("goodput.jsonl", twisted_lines, read_whole_report),
+    "metrics": ("metrics.jsonl", twisted_lines, read_whole_report),
     "tokens": ("tokenizer.json", twisted, lambda f: load_tokenizer(str(f / "tokenizer.json"))),
     "pieces": ("pieces.model", damage, lambda f: load_tokenizer(str(f / "pieces.model"))),
 }

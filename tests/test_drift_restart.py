@@ -105,7 +105,12 @@ def test_drift_policies(caplog):
 def test_drift_is_refused_at_a_restart(tmp_path, capsys, caplog):
     def words(**changes):
         return faults.command(
-            tmp_path / "run", devices=0, train__checkpoint_every=2, mesh__data=8, **changes
+            tmp_path / "run",
+            devices=0,
+            train__checkpoint_every=2,
+            mesh__fsdp=2,
+            mesh__tensor=2,
+            **changes,
         )
 
     assert main(words(train__num_steps=2)) == 0

@@ -80,7 +80,7 @@ def crossings(mesh, slices):
     "between, within, nodes",
     [
         ({"data": 2}, {"data": 1, "fsdp": 2, "tensor": 2}, False),
-        ({"fsdp": 2}, {"data": 2, "tensor": 2}, True),
+        pytest.param({"fsdp": 2}, {"data": 2, "tensor": 2}, True, marks=pytest.mark.slow),
     ],
 )
 def test_mesh_hybrid_only_the_dcn_axis_crosses(sliced, between, within, nodes):

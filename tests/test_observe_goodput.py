@@ -190,6 +190,8 @@ def test_report_tells_and_draws(tmp_path, clock, capsys):
         for n in range(1, 11)
     ]
     lines[3]["loss"] = "NaN"
+    for line, excess in zip(lines, (0.5, 0.1, 0.7), strict=False):
+        line |= {"step_seconds": 1.0, "slowest_process": 3, "slowest_seconds": excess}
     lines.append({"step": 10, "split": "eval", "loss": 4.2})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -200,6 +202,8 @@ def test_report_tells_and_draws(tmp_path, clock, capsys):
     assert told["goodput"] == pytest.approx(told["seconds"]["train"] / told["wall_seconds"])
     assert told["restarts"] == 1 and told["wasted_steps"] == 3 and told["saves"]["count"] == 2
     assert told["last"]["eval"]["loss"] == 4.2 and told["html"] == str(tmp_path / "report.html")
+    assert told["slow_processes"] == {"3": {"times": 2, "mean_seconds": pytest.approx(0.6)}}
+    assert told["first_step_seconds_median"] == told["attempts"][1]["first_step_seconds"]
     page = (tmp_path / "report.html").read_text()
     tags = Page(page).tags
     assert tags.count("svg") == 2 and "restart at step 5" in page
@@ -208,6 +212,7 @@ def test_report_tells_and_draws(tmp_path, clock, capsys):
     other = tmp_path / "other.html"
     assert main(["report", f"--workdir={tmp_path}", f"--html={other}"]) == 0
     out = capsys.readouterr().out
+    assert "process 3 held the others up in 2 comparison(s), by 0.600 s a step" in out
     assert "3 steps were done again" in out and "attempt 2:" in out and other.exists()
     assert re.search(r"sum +[\d.]+ s  100.0%", out)
 

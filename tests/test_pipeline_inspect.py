@@ -45,6 +45,19 @@ def test_pipeline_inspect_answers_in_json(capsys):
     assert told["per_device"]["deferred_bytes"] > told["per_device"]["input_bytes"]
 
 
+def test_pipeline_inspect_balances_experts_and_head(capsys):
+    keys = ["--config.moe.num_experts=4", "--config.moe.balance=bias", "--json"]
+    model = ["--config.model.num_layers=8", "--config.model.vocab_size=8192"]
+    told = []
+    for balance in ("layers", "flops"):
+        name = f"--config.pipeline.balance={balance}"
+        assert main([*CONFIG, *MESH, *keys, *model, name]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0]["layers"] == [2, 2, 2, 2]
+    assert sum(told[1]["layers"]) == 8
+    assert max(told[1]["loads"]) < max(told[0]["loads"])
+
+
 def test_pipeline_inspect_needs_stages(capsys):
     assert main([*CONFIG]) == 2
     assert "1 stage needs no schedule" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import fault_helpers as faults
@@ -22,8 +23,16 @@ HOSTS = ["host-a"]
 
 @pytest.fixture(scope="module")
 def trained():
-    program = program_of({"data": 2, "fsdp": 2, "tensor": 2})
-    return ReplicaCheck(program.abstract_state, hosts=HOSTS), program.init(0)
+    """A state on data2 x fsdp2 x tensor2, of numbers that nothing is compiled for."""
+    state = program_of({"data": 2, "fsdp": 2, "tensor": 2}).abstract_state
+    rng = np.random.default_rng(0)
+    made = jax.tree.map(
+        lambda leaf: jax.device_put(
+            (100 * rng.normal(size=leaf.shape)).astype(leaf.dtype), leaf.sharding
+        ),
+        state,
+    )
+    return ReplicaCheck(state, hosts=HOSTS), made
 
 
 def with_flip(array, *, device, bit, at=0):
@@ -86,9 +95,15 @@ def test_replicas_without_copies_need_no_check():
 
 
 def test_replicas_bad_state_ends_the_run_unsaved(tmp_path, monkeypatch, caplog):
-    """The check comes before each save; the checkpoint before stays the newest."""
-    words = faults.command(tmp_path / "run", devices=0, train__num_steps=12)
-    words += ["--config.train.checkpoint_every=4", "--config.mesh.data=8"]
+    """The check comes before each save, and passes where nothing was done to the state."""
+    words = faults.command(
+        tmp_path / "run",
+        devices=0,
+        train__num_steps=12,
+        train__checkpoint_every=4,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+    )
     real = running.Run._paused
 
     def paused(self, step, state):
@@ -105,3 +120,36 @@ def test_replicas_bad_state_ends_the_run_unsaved(tmp_path, monkeypatch, caplog):
     config = parse(load_config(str(faults.ROOT / "configs" / "lm_tiny.py"), pairs))
     training.train(config, workdir=tmp_path / "run")
     assert steps.committed_steps(tmp_path / "run" / "checkpoints") == [8, 12]
+
+
+# One bit of the last local device's copy, just before the second save.
+CORRUPT = """
+import dataclasses, jax, numpy as np
+from spmd_train.running import Run
+paused = Run._paused
+def corrupted(self, step, state):
+    if step == 8:
+        scale = state.params["final_norm"]["scale"]
+        parts = [np.array(shard.data) for shard in scale.addressable_shards]
+        parts[-1].view(np.uint32)[3] ^= 1
+        parts = [jax.device_put(p, s.device) for p, s in zip(parts, scale.addressable_shards)]
+        bad = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, parts)
+        params = {**state.params, "final_norm": {"scale": bad}}
+        state = dataclasses.replace(state, params=params)
+    paused(self, step, state)
+Run._paused = corrupted
+"""
+
+
+@pytest.mark.slow
+def test_replicas_host_is_named(tmp_path):
+    """Two real processes, of which the second's device goes wrong: both say so, and stop."""
+    words = faults.command(tmp_path / "run", train__num_steps=12, train__checkpoint_every=4)
+    codes, logs = faults.run_together(words, folder=tmp_path, prelude={1: CORRUPT})
+    assert codes == [1, 1], logs
+    for log in logs:
+        found = re.findall(r"^  (\S+) of process (\d) on (\S+): (.*)$", log, re.MULTILINE)
+        ((_, process, host, leaf),) = found
+        assert (process, host, leaf) == ("1", os.uname().nodename, "params/final_norm/scale")
+        assert "step 8" in log and "Traceback" not in log
+    assert steps.committed_steps(tmp_path / "run" / "checkpoints") == [4]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import subprocess
-import sys
 
 import fault_helpers as faults
 import pytest
@@ -16,15 +13,13 @@ from spmd_train.observe.stragglers import Pace, slowest
 
 # A host whose storage is slow: each batch takes 0.3 s to make.
 SLOW = """
-import sys, time
+import time
 from spmd_train.data import Dataset
 batch = Dataset.batch
 def slow(self, step, **options):
     time.sleep(0.3)
     return batch(self, step, **options)
 Dataset.batch = slow
-from spmd_train.cli.main import main
-sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -51,9 +46,6 @@ def test_stragglers_of_one_process_are_not_looked_for():
 
 def test_stragglers_slow_host_is_named(tmp_path):
     """Two real processes; the second waits for its data."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     words = faults.command(
         tmp_path / "run",
         train__num_steps=12,
@@ -62,29 +54,12 @@ def test_stragglers_slow_host_is_named(tmp_path):
         data__prefetch=1,
         observe__straggler_every=4,
     )
-    logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
-    runs = []
-    for rank, log in enumerate(logs):
-        place = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "2", "PROCESS_ID": str(rank)}
-        environ = faults.environment({f"SPMD_TRAIN_{k}": v for k, v in place.items()})
-        code = ["-c", SLOW] if rank else ["-m", "spmd_train"]
-        with log.open("wb") as output:
-            runs.append(
-                subprocess.Popen(
-                    [sys.executable, *code, *words],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environ,
-                    cwd=faults.ROOT,
-                    start_new_session=True,
-                )
-            )
-    for run, log in zip(runs, logs, strict=True):
-        assert faults.end(run, log=log) == 0, log.read_text()
-    told = re.findall(r"step (\d+): process (\d) on (\S+) is slow: (\S+) s", logs[0].read_text())
+    codes, logs = faults.run_together(words, folder=tmp_path, prelude={1: SLOW})
+    assert codes == [0, 0], logs
+    told = re.findall(r"step (\d+): process (\d) on (\S+) is slow: (\S+) s", logs[0])
     assert [(step, number) for step, number, *_ in told] == [("4", "1"), ("8", "1"), ("12", "1")]
     assert {host for _, _, host, _ in told} == {os.uname().nodename}
-    assert "is slow" not in logs[1].read_text(), "one process tells"
+    assert "is slow" not in logs[1], "one process tells"
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     named = [line for line in lines if "slowest_process" in line]
     assert [line["step"] for line in named] == [4, 8, 12]

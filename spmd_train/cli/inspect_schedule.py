@@ -55,7 +55,7 @@ def _report(config: ExperimentConfig, program: Program, pipe: Pipeline) -> dict[
     activation = tokens * config.model.embed_dim * compute_bytes
     params = {path.removeprefix("params/"): plan for path, plan in program.plans.items()}
     costs = gather_costs(
-        {path: params[path] for path in program.layout.param_specs},
+        {path: plan for path, plan in params.items() if path in program.layout.param_specs},
         stack=pipe.task.stack,
         schedule=schedule,
         stages=pipe.stages,

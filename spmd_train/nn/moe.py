@@ -82,7 +82,10 @@ class MoE(nnx.Module):
         """Maps [B, T, D] to [B, T, D]; padding gets nothing but the shared experts."""
         with jax.named_scope("router"):
             x32_BTD = x_BTD.astype(jnp.float32)
-            logits_BTE = dot_float32(x32_BTD, self.router.kernel[...].astype(jnp.float32))
+            # Its gradient is summed whole: XLA would make parts of it and permute them between
+            # devices, for which a pipeline's idle stages would have to wait.
+            kernel_DE = constrain(self.router.kernel[...].astype(jnp.float32), (None, None))
+            logits_BTE = dot_float32(x32_BTD, kernel_DE)
             routing, stats = route(
                 constrain(logits_BTE, ("batch", "sequence", None)),
                 bias_E=None if self.bias is None else self.bias[...],

@@ -160,8 +160,21 @@ def read_goodput(path: Path) -> list[dict[str, Any]]:
     for text in content[: content.rfind(b"\n") + 1].splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and {"attempt", "time", "step", "spans"} <= line.keys():
+        if _is_ours(line):
             lines.append(line)
     return lines
+
+
+def _is_ours(line: Any) -> bool:
+    """Whether a line is as `Goodput.write` makes them, whoever made it."""
+    if not isinstance(line, dict) or not isinstance(line.get("spans"), dict):
+        return False
+    whole = [line.get("attempt"), line.get("step"), *(line[k] for k in ("begin",) if k in line)]
+    seconds = [line.get("time"), *line["spans"].values()]
+    return (
+        all(type(n) is int and 0 <= n < 2**53 for n in whole)
+        and all(type(s) in (int, float) and 0 <= s < 2**53 for s in seconds)
+        and isinstance(line.get("end", ""), str)
+    )

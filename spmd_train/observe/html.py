@@ -87,7 +87,7 @@ def line_chart(
         x_label: of the x axis.
     """
     drawn = {name: _thinned(points) for name, points in series.items() if points}
-    flat = [point for points in drawn.values() for point in points if math.isfinite(point[1])]
+    flat = [point for points in drawn.values() for point in points if _drawable(point[1])]
     if not flat:
         yield "<p>Nothing was measured yet.</p>"
         return
@@ -118,7 +118,7 @@ def line_chart(
         color = COLORS[i % len(COLORS)]
         path, pen = [], "M"
         for x, y in points:
-            if not math.isfinite(y):
+            if not _drawable(y):
                 pen = "M"
                 continue
             path.append(f"{pen}{at_x(x):.1f} {at_y(y):.1f}")
@@ -129,7 +129,7 @@ def line_chart(
         )
         if len(points) <= 40:  # Few, or alone: a line of one point would not be seen.
             for x, y in points:
-                if math.isfinite(y):
+                if _drawable(y):
                     yield f"<circle cx='{at_x(x):.1f}' cy='{at_y(y):.1f}' r='2.5' fill='{color}'/>"
         yield (
             f"<text x='{_WIDTH - _RIGHT - 4}' y='{_TOP + 12 + 14 * i}' text-anchor='end' "
@@ -146,7 +146,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     kept: list[tuple[float, float]] = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
-        finite = [point for point in part if math.isfinite(point[1])]
+        finite = [point for point in part if _drawable(point[1])]
         if len(finite) < len(part):
             kept.append((part[0][0], math.nan))
         ends = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else ()
@@ -154,9 +154,13 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return kept
 
 
+def _drawable(y: float) -> bool:
+    return abs(y) < 1e100  # No NaN either.
+
+
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if low == high:
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-100):
         margin = abs(low) / 10 or 1.0
         return low - margin, high + margin
     return low, high

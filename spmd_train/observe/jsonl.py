@@ -103,5 +103,5 @@ def _step_of(line: bytes) -> int:
     """The step of a line; -1 if it is none of ours."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -1

@@ -6,15 +6,17 @@ import dataclasses
 import datetime
 import html
 import itertools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from spmd_train.config import ConfigError
 from spmd_train.observe.account import Account, account
 from spmd_train.observe.goodput import NAME, read_goodput
 from spmd_train.observe.html import COLORS, line_chart, page, stacked_bar
 from spmd_train.observe.jsonl import read_jsonl
+from spmd_train.observe.stragglers import NOTABLE
 
 _TOLD = {
     "train": "training steps that count",
@@ -55,7 +57,8 @@ def read_report(workdir: Path) -> Report:
     if not lines:
         raise ConfigError(f"--workdir={workdir}: has no {NAME} to report on; train writes it")
     path = Path(workdir) / "metrics.jsonl"
-    metrics = read_jsonl(path) if path.is_file() else []
+    read = read_jsonl(path) if path.is_file() else []
+    metrics = [m for m in read if type(m["step"]) is int and m["step"] < 2**53]
     return Report(workdir=Path(workdir), account=account(lines), metrics=metrics)
 
 
@@ -83,7 +86,34 @@ def as_document(report: Report) -> dict[str, Any]:
             "max_seconds": max(saves, default=None),
             "share_of_training": _save_share(time),
         },
+        "first_step_seconds_median": _first_step_seconds(time),
+        "slow_processes": _slow(report.metrics),
         "last": last,
+    }
+
+
+def _first_step_seconds(time: Account) -> float | None:
+    """From an attempt's last sign of life to the next one's first step; the median."""
+    taken = [a.first_step_seconds for a in time.attempts[1:] if a.first_step_seconds is not None]
+    return statistics.median(taken) if taken else None
+
+
+def _slow(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Processes that held the others up: in how many comparisons, and by how many seconds a step.
+
+    A comparison counts as in the log, where the excess is over a fifth of the step.
+    """
+    excess: dict[str, list[float]] = {}
+    for line in metrics:
+        names = ("slowest_process", "slowest_seconds", "step_seconds")
+        number, seconds, step = (line.get(name) for name in names)
+        if type(number) is not int or not (_is_number(seconds) and _is_number(step)):
+            continue
+        if seconds > NOTABLE * step:
+            excess.setdefault(str(number), []).append(seconds)
+    return {
+        number: {"times": len(found), "mean_seconds": statistics.fmean(found)}
+        for number, found in sorted(excess.items(), key=lambda item: -len(item[1]))
     }
 
 
@@ -115,6 +145,13 @@ def as_text(report: Report) -> Iterator[str]:
             f"{len(time.saves)} saves stalled training by "
             f"{sum(time.saves) / len(time.saves):.3f} s each, {max(time.saves):.3f} s at most: "
             f"{_save_share(time):.2%} of the training time"
+        )
+    if (median := _first_step_seconds(time)) is not None:
+        yield f"{len(time.attempts) - 1} restarts, stepping again after {_span(median)} (median)"
+    for number, found in _slow(report.metrics).items():
+        yield (
+            f"process {number} held the others up in {found['times']} comparison(s), by "
+            f"{found['mean_seconds']:.3f} s a step"
         )
     for attempt in time.attempts:
         first = attempt.first_step_seconds
@@ -153,8 +190,12 @@ def as_html(report: Report) -> str:
 def _curve(
     metrics: Sequence[Mapping[str, Any]], split: str, name: str
 ) -> list[tuple[float, float]]:
-    lines = [m for m in metrics if m.get("split") == split and m.get(name) is not None]
-    return [(m["step"], float(m[name])) for m in lines]
+    lines = [m for m in metrics if m.get("split") == split and _is_number(m.get(name))]
+    return [(m["step"], m[name]) for m in lines]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
 def _table(time: Account) -> Iterator[str]:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from spmd_train import cluster
 from spmd_train.observe.clock import StepClock
 
-_NOTABLE = 0.2
+NOTABLE = 0.2
+"""Of a step: how much more than the others a process takes that is named."""
 _LEAST_SECONDS = 1e-3
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Stragglers:
         ]
         self._last = (step, *self._clock.totals())
         number, excess = slowest(paces)
-        if excess > max(_NOTABLE * paces[number].step, _LEAST_SECONDS) and cluster.is_leader():
+        if excess > max(NOTABLE * paces[number].step, _LEAST_SECONDS) and cluster.is_leader():
             log.warning("%s", _sentence(paces, number, excess, step))
         return {
             "slowest_process": number,

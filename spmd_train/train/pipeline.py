@@ -183,7 +183,8 @@ class Pipeline:
         variables = join(self.model.abstract_params, self.model.abstract_model_state)
         shapes = jax.tree.leaves(jax.eval_shape(operands, variables, batch))
         layers = max(self.stages.sizes), self.stages.num_layers
-        return slots * sum(s.size * s.dtype.itemsize for s in shapes) * layers[0] // layers[1]
+        size = sum(s.size * s.dtype.itemsize for s in shapes) * layers[0] // layers[1]
+        return slots * size // self.layout.size(self.layout.axes("sequence"))
 
     def whole(self, params: Params, own: jax.Array) -> Params:
         """Parameters of this device's stages, from its shards; cast to compute with."""
