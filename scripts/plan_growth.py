@@ -43,9 +43,10 @@ def main():
         print(rows[-1], file=sys.stderr, flush=True)
     table = "\n".join(rows)
     what = "TPU topologies" if args.tpu else "simulated CPU devices"
-    text = f"""Written by `python scripts/plan_growth.py --table=docs/plans.md{" --tpu" * args.tpu}`: a
-model of width 1,024 under FSDP over all of the {what}, 1,024 sequences. The seconds depend on what
-else the machine does.
+    command = "python scripts/plan_growth.py --table=docs/plans.md" + " --tpu" * args.tpu
+    text = f"""Written by `{command}`:
+a model of width 1,024 under FSDP over all of the {what}, 1,024 sequences. The seconds depend on
+what else the machine does.
 
 | target | layers | HLO instructions | HLO text, MB | collectives executed | compile s |
 | --- | --- | --- | --- | --- | --- |
