@@ -84,16 +84,18 @@ def main():
     parser.add_argument("--no_compile", action="store_true", help="only write the table")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    lines, missing = [], []
+    lines, missing, notes = [], [], []
     for name, config, target, overrides in ROWS:
         path = args.out / f"{row_name(config, target, overrides)}.json"
         if not path.exists() and not args.no_compile and target.startswith(args.only):
             compile_row(path, config, target, overrides)
         if path.exists():
-            lines.append(cells(name, json.loads(path.read_text())))
+            plan = json.loads(path.read_text())
+            lines.append(cells(name, plan))
+            notes += [plan["note"]] if "note" in plan else []
         else:
             missing.append(f"{name} on {target}")
-    write_section(args.table, "The pod configs", section(lines, missing))
+    write_section(args.table, "The pod configs", section(lines, missing, notes))
     print(args.table.read_text())
 
 
@@ -141,7 +143,7 @@ def cells(name, plan):
         f"{memory['temp_bytes'] / 2**30:.2f}",
         f"{plan['wire_bytes'] / 1e9:.1f}",
         f"{plan['details']['async_wire_bytes'] / max(plan['wire_bytes'], 1):.0%}",
-        f"{flops['program'] / flops['model']:.3f}",
+        f"{flops['program'] / flops['model']:.3f}" if flops["program"] else "",
         f"{step:.3f} s" if step else "",
         f"{mfu:.1%}" if mfu else "",
         told["bound"] or "",
@@ -150,10 +152,11 @@ def cells(name, plan):
     )
 
 
-def section(lines, missing):
+def section(lines, missing, notes):
     table = [HEADS, ["---"] * len(HEADS), *lines]
     text = "\n".join("| " + " | ".join(line) + " |" for line in table)
-    told = f"\n\nNot compiled yet: {'; '.join(missing)}." if missing else ""
+    notes = [*notes, f"Not compiled yet: {'; '.join(missing)}."] if missing else notes
+    told = "\n\n" + " ".join(notes) if notes else ""
     return f"""Written by `make plan-table`: each row compiled by the target's own compiler on a
 machine without the hardware, at the commit that it names. Peak and temporary memory (of a device)
 and collectives are the compiler's; wire bytes are those of ring algorithms; step time and MFU are a

@@ -266,7 +266,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="search",
                 default=False,
-                help="rank meshes, remat and accumulation; compile the best few",
+                help="rank meshes, remat, accumulation, pipeline schedules; compile the best few",
             ),
             Flag(
                 name="html",
