@@ -70,7 +70,8 @@ class Chaos:
         self.folder, self.workdir, self.log = folder, folder / "run", folder / "log"
         self.random = random.Random(args.seed)
         self.args = args
-        self.num_steps = 20 + 12 * args.faults
+        # Enough that the run does not end before the last fault; a full disk takes nothing back.
+        self.num_steps = 20 + (24 if args.disk else 12) * args.faults
         self.seen: set[int] = set()
         self.launcher: subprocess.Popen[bytes] | None = None
         self.offset = 0
