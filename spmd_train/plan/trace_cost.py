@@ -106,7 +106,10 @@ def _kept(jaxpr: Any, *, embed_dim: int, num_layers: int) -> tuple[float, float]
     wide = inner = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
-            stacked = eqn.outvars[eqn.params["num_carry"] :]
+            # What is carried has the shape that it has inside; JAX's versions name it differently.
+            inside = eqn.params["jaxpr"].out_avals
+            pairs = zip(eqn.outvars, inside, strict=True)
+            stacked = [var for var, aval in pairs if var.aval.shape != aval.shape]
             if eqn.params["length"] == num_layers and not eqn.params["reverse"]:
                 for var in stacked:
                     aval = var.aval
