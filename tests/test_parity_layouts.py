@@ -214,13 +214,12 @@ def test_parity_of_rules_of_ones_own(name: str) -> None:
     check_learning(program, step, reference(model, LossConfig(), "packed"))
 
 
-@pytest.mark.parametrize("chunk_tokens", [0, 8])
-def test_parity_bfloat16_compute_stays_near_float32(chunk_tokens: int) -> None:
+def test_parity_bfloat16_compute_stays_near_float32() -> None:
     """bfloat16 has 3 digits, and XLA's CPU compiler aborts on some sums of it over devices."""
     program = program_of(
         MESHES["data2_fsdp2_tensor2"],
         model=dataclasses.replace(MODEL, compute_dtype="bfloat16"),
-        loss=LossConfig(chunk_tokens=chunk_tokens),
+        loss=LossConfig(chunk_tokens=8),
         sharding=SEQUENCE_SHARDED,
         grad_accumulation=2,
     )
