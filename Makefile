@@ -1,5 +1,5 @@
-# make train | test | test-slow | test-reference | test-plan-tpu | plan-table | wire-table | lint
-#      | format | bench | chaos | clean
+# make train | test | test-slow | test-reference | test-plan-tpu | test-plan-cuda | plan-table | lint
+#      | wire-table | format | bench | chaos | clean
 # A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-slow test-reference test-plan-tpu plan-table wire-table lint format bench chaos lock clean
+.PHONY: train test test-slow test-reference test-plan-tpu test-plan-cuda plan-table wire-table lint format bench chaos lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -27,6 +27,10 @@ test-reference: $(VENV)/.reference
 # Compiles for TPUs that are not here, which takes minutes.
 test-plan-tpu: $(VENV)/.plan-tpu
 	$(BIN)/python -m pytest -m plan_tpu
+
+# The same for NVIDIA GPUs; Linux only.
+test-plan-cuda: $(VENV)/.plan-cuda
+	$(BIN)/python -m pytest -m plan_cuda
 
 # docs/plans.md: the pod configs on the topologies they are meant for. Hours on a small machine;
 # what is in build/plans already is not compiled again.
@@ -80,6 +84,9 @@ $(VENV)/.lint: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	touch $@
 $(VENV)/.plan-tpu: pyproject.toml $(CONSTRAINTS) | $(VENV)/.test
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[plan-tpu]'
+	touch $@
+$(VENV)/.plan-cuda: pyproject.toml $(CONSTRAINTS) | $(VENV)/.test
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[plan-cuda]'
 	touch $@
 $(VENV)/.reference: pyproject.toml $(CONSTRAINTS) | $(VENV)/.test
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[reference]'
