@@ -7,6 +7,7 @@ import socket
 
 import fault_helpers as faults
 import pytest
+import yaml
 
 from spmd_train import cluster
 from spmd_train.config import ConfigError
@@ -100,6 +101,32 @@ def test_cluster_slurm_processes_that_differ_are_named(tmp_path):
         assert faults.end(run, log=log) == 2, log.read_text()
         assert re.search(r"process 1 on .*: config.train.seed is 1, elsewhere 0", log.read_text())
     assert not (tmp_path / "run").exists()
+
+
+def test_cluster_kubernetes_pods_of_the_jobset_train(tmp_path):
+    """Two real processes with what scripts/k8s/jobset.yaml and Kubernetes put into their pods."""
+    jobset = yaml.safe_load((faults.ROOT / "scripts" / "k8s" / "jobset.yaml").read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    address = f"127.0.0.1:{port()}"
+    logs = [tmp_path / f"log{index}" for index in (0, 1)]
+    runs = []
+    for index, log in enumerate(logs):
+        values = {
+            "SPMD_TRAIN_COORDINATOR_ADDRESS": address,  # no DNS here
+            "SPMD_TRAIN_NUM_PROCESSES": "2",
+            "SPMD_TRAIN_PROCESS_ID": str(index),  # the annotation's value
+        }
+        environ = {one["name"]: values[one["name"]] for one in container["env"]}
+        environ |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": str(index)}
+        words = faults.command(tmp_path / "run", devices=1, train__num_steps=10)
+        runs.append(faults.start(words, log=log, environ=environ))
+    for index, (run, log) in enumerate(zip(runs, logs, strict=True)):
+        assert faults.end(run, log=log) == 0, log.read_text()
+        assert f"process {index} of 2" in log.read_text()
+    assert container["command"][:2] == ["spmd-train", "train"]
+    assert faults.steps_logged(tmp_path / "run") == 10
 
 
 def test_cluster_missing_process_times_out(tmp_path):
