@@ -1,5 +1,5 @@
 # make train | test | test-slow | test-reference | test-plan-tpu | test-plan-cuda | plan-table | lint
-#      | wire-table | format | bench | chaos | clean
+#      | wire-table | format | bench | bench-saves | chaos | clean
 # A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-slow test-reference test-plan-tpu test-plan-cuda plan-table wire-table lint format bench chaos lock clean
+.PHONY: train test test-slow test-reference test-plan-tpu test-plan-cuda plan-table wire-table lint format bench bench-saves chaos lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -55,6 +55,15 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.train
 	$(BIN)/python scripts/bench.py
+
+# What a checkpoint each 50 steps costs the 100M config: `saves` in the report. Ten minutes on 2 cores.
+SAVES ?= runs/saves
+bench-saves: $(VENV)/.train
+	$(BIN)/spmd-train train --config=configs/lm_100m.py --workdir=$(SAVES) \
+	  --config.train.num_steps=100 --config.train.checkpoint_every=50 --config.train.eval_every=0 \
+	  --config.train.global_batch_size=4 --config.train.grad_accumulation=1 --config.train.log_every=10 \
+	  --config.data.sequence_length=256 --config.model.compute_dtype=float32 --config.model.remat=none
+	$(BIN)/spmd-train report --workdir=$(SAVES)
 
 # Sixty faults of all kinds against real runs; an hour or two.
 FAULTS ?= 60
