@@ -217,11 +217,12 @@ def reference(
     loss: LossConfig,
     kind: str,
     moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+    seed: int = TRAIN.seed,
 ) -> tuple[list[Arrays], Any, np.ndarray, dict[str, np.ndarray]]:
     """Five batches, the first state on the host, losses and the last parameters on one device."""
     batches = [random_batch(kind, seed=seed) for seed in range(5)]
     program = program_of({}, model=model, loss=loss, moe=moe)
-    start = program.init(TRAIN.seed)
+    start = program.init(seed)
     first = jax.device_get(start)
     step, _ = compile_step(program)
     losses, state = run_steps(program, batches, state=put_state(program, first), step=step)
