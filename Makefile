@@ -34,7 +34,7 @@ test-plan-cuda: $(VENV)/.plan-cuda
 
 # docs/plans.md: the pod configs on the topologies they are meant for. Hours on a small machine;
 # what is in build/plans already is not compiled again.
-plan-table: $(VENV)/.plan-tpu
+plan-table: $(VENV)/.plan-tpu $(VENV)/.plan-cuda
 	$(BIN)/python scripts/plan_table.py --out=build/plans --table=docs/plans.md
 
 # docs/wire.md: what each mesh axis sends, by formula and counted. Some minutes.
@@ -56,7 +56,7 @@ format: $(VENV)/.lint
 bench: $(VENV)/.train
 	$(BIN)/python scripts/bench.py
 
-# What a checkpoint each 50 steps costs the 100M config: `saves` in the report. Ten minutes on 2 cores.
+# What a checkpoint each 50 steps costs the 100M config: the report's line on saves. Some minutes.
 SAVES ?= runs/saves
 bench-saves: $(VENV)/.train
 	$(BIN)/spmd-train train --config=configs/lm_100m.py --workdir=$(SAVES) \

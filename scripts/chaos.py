@@ -35,6 +35,8 @@ import fault_helpers as helpers  # noqa: E402
 
 from spmd_train.checkpoint import steps as folders  # noqa: E402
 from spmd_train.observe import read_examples  # noqa: E402
+from spmd_train.observe.account import account  # noqa: E402
+from spmd_train.observe.goodput import read_goodput  # noqa: E402
 
 HANG_SECONDS = 20
 # Of every process of the run: while the file is there, each batch has a weight that is no number.
@@ -316,7 +318,10 @@ def main() -> int:
         os.execvp("unshare", ["unshare", "-Urm", sys.executable, *sys.argv])
     kinds = Chaos.FAULTS + ((Chaos.fill_disk,) if args.disk else ())
     if args.kinds:
-        kinds = tuple(kind for kind in kinds if kind.__name__ in args.kinds.split(","))
+        by_name = {kind.__name__: kind for kind in kinds}
+        if unknown := set(args.kinds.split(",")) - by_name.keys():
+            parser.error(f"--kinds: no such fault {sorted(unknown)}; there are {sorted(by_name)}")
+        kinds = tuple(by_name[name] for name in args.kinds.split(","))
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     chaos = Chaos(args, folder)
@@ -361,7 +366,14 @@ def main() -> int:
     print("| fault | times | seconds until the next step, mean | most |\n|---|---|---|---|")
     for name, taken in sorted(seconds.items()):
         print(f"| {name} | {len(taken)} | {sum(taken) / len(taken):.1f} | {max(taken):.1f} |")
-    print(json.dumps({"faults": done, "promises": promises}, indent=1))
+    time_spent = account(read_goodput(chaos.workdir / "goodput.jsonl"))
+    told = {
+        "faults": done,
+        "attempts": len(time_spent.attempts),
+        "steps_done_again": time_spent.wasted_steps,
+        "promises": promises,
+    }
+    print(json.dumps(told, indent=1))
     if all(promises.values()) and args.folder is None:
         shutil.rmtree(folder)
     else:

@@ -39,7 +39,7 @@ CONFIG = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ends", type=int, default=4, help="layouts measured at each end")
+    parser.add_argument("--ends", type=int, default=3, help="layouts measured at each end")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each")
     parser.add_argument("--table", type=pathlib.Path, help="page to write the table into")
     args = parser.parse_args()

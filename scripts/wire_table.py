@@ -34,7 +34,6 @@ from spmd_train.parallel.rules import leaf_path
 from spmd_train.tasks import LanguageModel
 from spmd_train.train.program import make_program
 
-ROOT = pathlib.Path(__file__).parent.parent
 MODEL = ModelConfig(num_layers=4, embed_dim=128, num_heads=8, mlp_dim=256, vocab_size=512)
 EXPERTS = MoEConfig(num_experts=16, top_k=2, expert_mlp_dim=64)
 LENGTH, BATCH = 128, 16
@@ -256,9 +255,11 @@ def figures(value, size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", type=pathlib.Path, default=ROOT / "docs" / "wire.md")
+    parser.add_argument("--table", type=pathlib.Path, help="page to write")
     parser.add_argument("--only", default="", help="rows whose name begins with this")
     args = parser.parse_args()
+    if args.table and args.only:
+        parser.error(f"--only={args.only}: the page has all rows; leave out --table")
     jax.config.update("jax_num_cpu_devices", 8)
     page = [HEAD, "| axis | collective | formula | bytes | counted | counted / formula |"]
     page.append("| --- | --- | --- | ---: | ---: | ---: |")
@@ -275,7 +276,8 @@ def main():
         if not 1 / LIMIT < ratio < LIMIT:
             outside.append(row.name)
     text = "\n".join(page) + "\n"
-    args.table.write_text(text)
+    if args.table:
+        args.table.write_text(text)
     print(text)
     return f"not within {LIMIT} of the formula: {', '.join(outside)}" if outside else 0
 

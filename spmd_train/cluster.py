@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import jax
-import numpy as np
 from jax._src.distributed import global_state  # Its barrier has no public name.
-from jax.experimental import multihost_utils
 
 from spmd_train.config import ConfigError
 
@@ -229,6 +227,10 @@ def abandon(code: int) -> NoReturn:
 
 
 def _timeouts() -> dict[str, int]:
+    for name in TIMEOUTS:
+        text = os.environ.get(name, "")
+        if text and not (text.isdecimal() and int(text)):
+            raise ConfigError(f"{name}={text!r}: must be a whole number of seconds, at least 1")
     return {name: _number(name) or default for name, default in TIMEOUTS.items()}
 
 
@@ -277,12 +279,8 @@ def check_same(facts: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    mine = json.dumps({"host": host(), "facts": dict(facts)}, sort_keys=True).encode()
-    lengths = multihost_utils.process_allgather(np.int32(len(mine)))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    told = [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
+    mine = json.dumps({"host": host(), "facts": dict(facts)}, sort_keys=True)
+    told = [json.loads(text) for text in tell_all(mine)]
     versions = [json.dumps(one["facts"], sort_keys=True) for one in told]
     common = json.loads(collections.Counter(versions).most_common(1)[0][0])
     lines = [

@@ -185,6 +185,27 @@ def import_params(
     write_text(Path(workdir) / "config.json", to_json(config))
 
 
+def prompt_ids(
+    config: ExperimentConfig, prompts: Sequence[str], tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Prompts as the beginnings of documents.
+
+    Raises:
+        ConfigError: the tokens are not the model's, or learned positions do not reach that far.
+    """
+    _check_vocabulary(config, tokenizer)
+    ids = [[tokenizer.marker, *tokens.tolist()] for tokens in tokenizer.encode_batch(list(prompts))]
+    longest, new = max(map(len, ids)), config.sample.max_new_tokens
+    reach = config.model.max_positions
+    if config.model.positions == "learned" and longest + new > reach:
+        raise ConfigError(
+            f"sample.max_new_tokens: {new} and a prompt of {longest} tokens make {longest + new}, "
+            f"but model.max_positions is {reach}; ask for {max(reach - longest, 0)} at most, or "
+            "shorten the prompt"
+        )
+    return ids
+
+
 def sample_text(
     experiment: Experiment,
     params: Params,
@@ -206,8 +227,7 @@ def sample_text(
         The continuations, without the prompts.
     """
     config = experiment.config.sample
-    _check_vocabulary(experiment.config, tokenizer)
-    ids = [[tokenizer.marker, *tokens.tolist()] for tokens in tokenizer.encode_batch(list(prompts))]
+    ids = prompt_ids(experiment.config, prompts, tokenizer)
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     new = generate(
         experiment.program,

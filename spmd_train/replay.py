@@ -13,6 +13,7 @@ from spmd_train.config import ConfigError, parse
 from spmd_train.experiment import build, open_data
 from spmd_train.parallel.batches import put_batch
 from spmd_train.parallel.rules import use_layout
+from spmd_train.parallel.sequence import place
 from spmd_train.train.bad_numbers import Rollbacks, not_finite, read_bundle
 from spmd_train.train.evaluate import means
 from spmd_train.train.state import Params, join
@@ -55,9 +56,11 @@ def replay(bundle: Path) -> dict[str, Any]:
 
     def loss(params: Params) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        axes = experiment.task.batch_axes()
         with use_layout(program.layout):
+            placed = {name: place(x, axes[name]) for name, x in batch.items()}
             model = program.model.merge(join(params, state.model_state))
-            return experiment.task.loss(model, batch, key=key).loss_sum
+            return experiment.task.loss(model, placed, key=key).loss_sum
 
     found = {
         "step": told["step"],

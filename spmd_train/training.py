@@ -17,7 +17,14 @@ from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.drift import check_drift
 from spmd_train.config import ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
-from spmd_train.experiment import Experiment, build, open_data, sample_text, write_text
+from spmd_train.experiment import (
+    Experiment,
+    build,
+    open_data,
+    prompt_ids,
+    sample_text,
+    write_text,
+)
 from spmd_train.observe import (
     Goodput,
     Heartbeat,
@@ -27,6 +34,7 @@ from spmd_train.observe import (
     Writers,
     make_writers,
 )
+from spmd_train.parallel.mesh import mesh_text
 from spmd_train.parallel.replicas import ReplicaCheck
 from spmd_train.running import Run, Watchers
 from spmd_train.train.bad_numbers import BadStepError, Rollbacks, write_bundle
@@ -53,7 +61,7 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
         CorruptStateError: copies of the state on different devices have become different.
         OSError: checkpoints cannot be written.
     """
-    leader = jax.process_index() == 0
+    leader = cluster.is_leader()
     goodput = Goodput(workdir if leader else None, age=age)
     _check_same_config(config)
     experiment = build(config)
@@ -66,6 +74,8 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
             lowered.compile()
     data = open_data(config, split="train")
     eval_data = open_data(config, split="eval") if config.train.eval_every else None
+    if config.sample.prompt:
+        prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
     rollbacks = Rollbacks(workdir)
     with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         while True:
@@ -133,7 +143,7 @@ def _steps(
 ) -> TrainState:
     """Trains from a step on, with the batches from a number on, and saves."""
     config = experiment.config
-    leader = jax.process_index() == 0
+    leader = cluster.is_leader()
     if leader:
         _announce(experiment, data, start_step)
     goodput.become("init")
@@ -240,7 +250,7 @@ def start_from(
             config=to_dict(config),
             facts=cluster.code_facts(),
             policy=config.checkpoint,
-            tell=jax.process_index() == 0,
+            tell=cluster.is_leader(),
         )
     state = checkpoints.restore(step, program.abstract_state)
     log.info("goes on from step %d in %s", step, checkpoints.directory)
@@ -256,12 +266,11 @@ def _announce(experiment: Experiment, data: Dataset, start: int) -> None:
     config, program = experiment.config, experiment.program
     params = jax.tree.leaves(program.abstract_state.params)
     num_params = sum(int(np.prod(p.shape)) for p in params)
-    axes = [f"{a}={n}" for a, n in program.mesh.shape.items() if n > 1] or ["one device"]
     tokens = config.train.global_batch_size * config.data.sequence_length
     log.info(
         "%s parameters on %s (%s); %s training tokens, %s per step; step %d to %d",
         f"{num_params:,}",
-        " x ".join(axes),
+        mesh_text(program.mesh.shape),
         program.mesh.devices.flat[0].device_kind,
         f"{data.num_tokens:,}",
         f"{tokens:,}",

@@ -57,6 +57,21 @@ PARAMS_TOLERANCE = 2e-5
 
 RESHARDED_WHOLE = "Involuntary full rematerialization"
 
+# Experts: every token served; an expert full after its share; so little sent at a time that every
+# step needs several exchanges; balanced by biases.
+DROPLESS = MoEConfig(num_experts=8, expert_mlp_dim=16, load_balancing_loss=0.05, router_z_loss=0.01)
+CAPACITY = dataclasses.replace(DROPLESS, dispatch="capacity", capacity_factor=1.0)
+ROUNDS = dataclasses.replace(DROPLESS, exchange_factor=0.4)
+BIAS = MoEConfig(
+    num_experts=8,
+    top_k=3,
+    expert_mlp_dim=16,
+    num_shared_experts=1,
+    scores="sigmoid",
+    balance="bias",
+    bias_update_speed=0.01,
+)
+
 Arrays = Mapping[str, np.ndarray]
 
 

@@ -9,7 +9,15 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from helpers import MODEL, SEQUENCE_SHARDED, largest_difference, put, random_batch, run_steps
+from helpers import (
+    CAPACITY,
+    MODEL,
+    SEQUENCE_SHARDED,
+    largest_difference,
+    put,
+    random_batch,
+    run_steps,
+)
 
 from spmd_train.config import ConfigError, ContextConfig, LossConfig
 from spmd_train.inspect.collectives import count_collectives
@@ -163,6 +171,19 @@ def test_context_of_one_device_costs_nothing():
     assert not {"collective_permute", "all_to_all", "manual_computation"} & set(
         texts.pop().replace("(", " ").replace('"', " ").split()
     )
+
+
+def test_context_generates_with_experts_that_are_full():
+    """The order of tokens decides who is served; prompts are in their own."""
+    experts = dataclasses.replace(CAPACITY, capacity_factor=0.6)
+    prompt = [[int(n) for n in np.random.default_rng(0).integers(1, 64, 16)] for _ in range(2)]
+    greedy = Sampling(temperature=0.0)
+    texts = []
+    for mesh in ({"context": 2}, {}):
+        program = program_of(mesh, moe=experts, num_steps=1)
+        params = program.init(0).params
+        texts.append(generate(program, params, prompt, max_new_tokens=6, sampling=greedy))
+    assert texts[0] == texts[1]
 
 
 def test_context_generates_what_one_device_does():

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from helpers import MODEL, program_of
 
+from spmd_train import experiment
+from spmd_train.config import ConfigError, parse
+from spmd_train.data.tokenizers import load_tokenizer
 from spmd_train.nn.attention import Tokens
 from spmd_train.parallel.rules import use_layout
 from spmd_train.train.generate import Sampling, generate, sample
@@ -84,6 +87,22 @@ def test_generate_draws_follow_the_seed() -> None:
 
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
+
+
+def test_generate_prompts_beyond_learned_positions_are_refused() -> None:
+    model = {"positions": "learned", "max_positions": 300}
+    config = parse(
+        {
+            "model": model,
+            "data": {"sequence_length": 64},
+            "sample": {"prompt": "x" * 60, "max_new_tokens": 256},
+        }
+    )
+    tokenizer = load_tokenizer("bytes")
+    match = r"max_new_tokens: 256 and a prompt of 61 .* is 300; ask for 239 at most"
+    with pytest.raises(ConfigError, match=match):
+        experiment.prompt_ids(config, [config.sample.prompt], tokenizer)
+    assert len(experiment.prompt_ids(config, ["x" * 40], tokenizer)[0]) == 41
 
 
 def test_generate_refuses_an_empty_prompt() -> None:

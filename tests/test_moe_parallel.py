@@ -8,7 +8,17 @@ import functools
 import jax
 import numpy as np
 import pytest
-from helpers import MODEL, largest_difference, program_of, random_batch, run_steps
+from helpers import (
+    BIAS,
+    CAPACITY,
+    DROPLESS,
+    MODEL,
+    ROUNDS,
+    largest_difference,
+    program_of,
+    random_batch,
+    run_steps,
+)
 
 from spmd_train.config import MoEConfig, OptimizerConfig
 from spmd_train.inspect.collectives import count_collectives
@@ -17,19 +27,6 @@ from spmd_train.inspect.collectives import count_collectives
 # float32 has 5e-7) 3.2e-6, parameters (of size 0.2) 2e-6.
 LOSS_TOLERANCE, PARAMETER_TOLERANCE = 5e-6, 1e-5
 STEPS = 2
-LOSS = MoEConfig(num_experts=8, expert_mlp_dim=16, load_balancing_loss=0.05, router_z_loss=0.01)
-BIAS = MoEConfig(
-    num_experts=8,
-    top_k=3,
-    expert_mlp_dim=16,
-    num_shared_experts=1,
-    scores="sigmoid",
-    balance="bias",
-    bias_update_speed=0.01,
-)
-CAPACITY = dataclasses.replace(LOSS, dispatch="capacity", capacity_factor=1.0)
-# So little is sent at a time that every step needs several exchanges.
-ROUNDS = dataclasses.replace(LOSS, exchange_factor=0.4)
 
 
 def batches(kind: str):
@@ -86,13 +83,13 @@ def test_moe_parallel_capacity_matches_one_device():
 
 
 MATRIX = [
-    (LOSS, {"expert": 4}, "plain", {}),
-    (LOSS, {"expert": 8}, "ragged", {}),
-    (LOSS, {"data": 4}, "packed", {"grad_accumulation": 4}),
-    (LOSS, {"fsdp": 2, "tensor": 4}, "packed", {"grad_accumulation": 2}),
-    (LOSS, {"expert": 2, "data": 2, "tensor": 2}, "packed", {}),
-    (LOSS, {"expert": 2, "data": 2, "tensor": 2}, "ragged", {"grad_accumulation": 4}),
-    (LOSS, {"expert": 2, "context": 2}, "ragged", {}),
+    (DROPLESS, {"expert": 4}, "plain", {}),
+    (DROPLESS, {"expert": 8}, "ragged", {}),
+    (DROPLESS, {"data": 4}, "packed", {"grad_accumulation": 4}),
+    (DROPLESS, {"fsdp": 2, "tensor": 4}, "packed", {"grad_accumulation": 2}),
+    (DROPLESS, {"expert": 2, "data": 2, "tensor": 2}, "packed", {}),
+    (DROPLESS, {"expert": 2, "data": 2, "tensor": 2}, "ragged", {"grad_accumulation": 4}),
+    (DROPLESS, {"expert": 2, "context": 2}, "ragged", {}),
     (ROUNDS, {"expert": 4, "data": 2}, "ragged", {"grad_accumulation": 2}),
     (ROUNDS, {"fsdp": 2, "expert": 2, "tensor": 2}, "packed", {}),
     (BIAS, {"expert": 4, "data": 2}, "packed", {"grad_accumulation": 4}),
@@ -127,7 +124,7 @@ def test_moe_parallel_remat_changes_nothing(remat):
 def test_moe_parallel_optimizers_match_one_device(name):
     optimizer = OptimizerConfig(name=name, learning_rate=1e-3, epsilon=1e-4)
     runs = [
-        run_steps(program_of(mesh, moe=LOSS, optimizer=optimizer), batches("packed"))
+        run_steps(program_of(mesh, moe=DROPLESS, optimizer=optimizer), batches("packed"))
         for mesh in ({}, {"fsdp": 2, "expert": 2})
     ]
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=0, atol=LOSS_TOLERANCE)
@@ -137,8 +134,8 @@ def test_moe_parallel_optimizers_match_one_device(name):
 
 def test_moe_parallel_bfloat16_runs():
     model = dataclasses.replace(MODEL, num_layers=1, compute_dtype="bfloat16")
-    program = program_of({"expert": 2, "tensor": 2}, moe=LOSS, model=model)
+    program = program_of({"expert": 2, "tensor": 2}, moe=DROPLESS, model=model)
     losses, _ = run_steps(program, batches("packed"))
-    reference, _ = run_steps(program_of({}, moe=LOSS, model=model), batches("packed"))
+    reference, _ = run_steps(program_of({}, moe=DROPLESS, model=model), batches("packed"))
     np.testing.assert_allclose(losses, reference, rtol=2e-3)
     assert jax.tree.leaves(program.abstract_state.params)[0].dtype == np.float32

@@ -125,6 +125,23 @@ def test_goodput_rollbacks_and_crashes_lose_a_step_once(tmp_path, clock):
     assert told.attempts[-1].ended == "RuntimeError"
 
 
+def test_goodput_rollback_takes_back_steps_that_no_line_told_of(tmp_path, clock):
+    goodput = Goodput(tmp_path, now=clock, monotonic=clock)
+    goodput.begin(0)
+    goodput.become("train")
+    for step in range(1, 8):
+        clock.sleep(0.4)
+        goodput.stepped(step)
+        if step == 5:
+            goodput.write(saved=5)
+    goodput.begin(5)
+    goodput.__exit__(RuntimeError, None, None)
+    told = account(read_goodput(tmp_path / "goodput.jsonl"))
+    assert told.wasted_steps == 2
+    assert told.seconds["wasted"] == pytest.approx(0.8)
+    assert told.seconds["train"] == pytest.approx(2.0)
+
+
 def test_goodput_survives_half_a_line_and_a_full_disk(tmp_path, clock, monkeypatch, caplog):
     path = tmp_path / "goodput.jsonl"
     attempt(tmp_path, clock, start=0, steps=3, end=False)
@@ -189,7 +206,7 @@ def test_report_tells_and_draws(tmp_path, clock, capsys):
         {"step": n, "split": "train", "loss": 5 - n / 10, "tokens_per_second": 100.0 + n}
         for n in range(1, 11)
     ]
-    lines[3]["loss"] = "NaN"
+    lines[3]["loss"] = lines[9]["loss"] = "NaN"
     for line, excess in zip(lines, (0.5, 0.1, 0.7), strict=False):
         line |= {"step_seconds": 1.0, "slowest_process": 3, "slowest_seconds": excess}
     lines.append({"step": 10, "split": "eval", "loss": 4.2})
@@ -201,6 +218,7 @@ def test_report_tells_and_draws(tmp_path, clock, capsys):
     assert sum(told["seconds"].values()) == pytest.approx(told["wall_seconds"])
     assert told["goodput"] == pytest.approx(told["seconds"]["train"] / told["wall_seconds"])
     assert told["restarts"] == 1 and told["wasted_steps"] == 3 and told["saves"]["count"] == 2
+    assert told["last"]["train"]["loss"] == "NaN"
     assert told["last"]["eval"]["loss"] == 4.2 and told["html"] == str(tmp_path / "report.html")
     assert told["slow_processes"] == {"3": {"times": 2, "mean_seconds": pytest.approx(0.6)}}
     assert told["first_step_seconds_median"] == told["attempts"][1]["first_step_seconds"]

@@ -18,9 +18,13 @@ import sys
 import jax
 import pytest
 from helpers import (
+    BIAS,
+    CAPACITY,
+    DROPLESS,
     LENGTH,
     MODEL,
     RESHARDED_WHOLE,
+    ROUNDS,
     TRAIN,
     check_learning,
     compile_step,
@@ -36,19 +40,6 @@ from spmd_train.train.program import Program
 
 LAYERS_4 = dataclasses.replace(MODEL, num_layers=4)
 DENSE = MoEConfig()
-DROPLESS = MoEConfig(num_experts=8, expert_mlp_dim=16, load_balancing_loss=0.05, router_z_loss=0.01)
-CAPACITY = dataclasses.replace(DROPLESS, dispatch="capacity", capacity_factor=1.0)
-# So little is sent at a time that every step needs several exchanges.
-ROUNDS = dataclasses.replace(DROPLESS, exchange_factor=0.4)
-BIAS = MoEConfig(
-    num_experts=8,
-    top_k=3,
-    expert_mlp_dim=16,
-    num_shared_experts=1,
-    scores="sigmoid",
-    balance="bias",
-    bias_update_speed=0.01,
-)
 
 # Twice the layers of `test_parity_layouts`, and sums in more orders: measured 5.8e-6 at a loss of
 # 4.3, with a ring's running softmax (context 2 x tensor 4).

@@ -7,6 +7,7 @@ import logging
 import re
 
 import pytest
+from helpers import program_of
 from pipeline_helpers import program
 
 from spmd_train.config import ConfigError
@@ -96,6 +97,29 @@ def test_pipeline_errors_name_both_numbers():
         program({"pipeline": 2}, pipeline={"num_microbatches": 6})
     with pytest.raises(ConfigError, match="no even parts in order"):
         program({"pipeline": 2}, pipeline={"schedule": "interleaved"}, rules={"layers": "pipeline"})
+
+
+def test_pipeline_refuses_layers_that_are_no_runs_of_them():
+    rules = {"layers": "fsdp+pipeline", "embed": "none"}
+    match = r"sharding.rules.layers, or the override of blocks/.*: .* over fsdp\+pipeline.* first"
+    with pytest.raises(ConfigError, match=match):
+        program({"pipeline": 2, "fsdp": 2}, rules=rules)
+    with pytest.raises(ConfigError, match=r"rules.layers.* over tensor, .* set it to none"):
+        program({"pipeline": 2, "tensor": 2}, rules={"layers": "tensor"})
+
+
+def test_pipeline_cures_are_those_that_help():
+    rules = {"layers": "pipeline+tensor", "mlp": "none", "heads": "none", "kv_heads": "none"}
+    with pytest.raises(ConfigError, match="put pipeline last on that dim"):
+        program({"pipeline": 2, "tensor": 2}, rules=rules)
+    flops = {"balance": "flops"}
+    with pytest.raises(ConfigError, match=r"With pipeline.balance = layers it need not"):
+        program({"pipeline": 2, "fsdp": 4}, pipeline=flops, embed_dim=36, vocab_size=4096)
+
+
+def test_pipeline_accumulates_as_a_device_can_take():
+    built = program_of({"pipeline": 2}, global_batch_size=16, max_device_batch=2)
+    assert built.pipeline.num_parts == 8
 
 
 def test_pipeline_refuses_to_gather_a_part_of_a_dim():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
 import fault_helpers as faults
 import pytest
 
+from spmd_train import cluster
 from spmd_train.observe import StepClock, Stragglers, read_jsonl
 from spmd_train.observe.stragglers import Pace, slowest
 
@@ -42,6 +44,33 @@ def test_stragglers_are_those_that_others_wait_for(paces, number, excess):
 def test_stragglers_of_one_process_are_not_looked_for():
     stragglers = Stragglers(StepClock(tokens_per_step=1), every=1)
     assert not any(stragglers.stepped(step) for step in range(1, 5))
+
+
+def test_stragglers_wait_for_the_last_is_not_ones_own_time(monkeypatch):
+    """Compared after each step: the fast host's wait at the barrier must not make it look slow."""
+    seconds = [0.0]
+    clock = StepClock(tokens_per_step=1, now=lambda: seconds[0])
+    monkeypatch.setattr(cluster, "connected", lambda: True)
+
+    def wait():
+        seconds[0] += 1.0
+
+    told = []
+
+    def tell(text):
+        mine = json.loads(text)
+        told.append(mine)
+        return [json.dumps(mine | {"step": 1.1}), text]
+
+    monkeypatch.setattr(cluster, "meet_again", wait)
+    monkeypatch.setattr(cluster, "tell_all", tell)
+    stragglers = Stragglers(clock, every=1)
+    for step in (1, 2, 3):
+        seconds[0] += 0.1
+        clock.step_done()
+        found = stragglers.stepped(step)
+    assert [one["step"] for one in told] == [pytest.approx(0.1)] * 2
+    assert found["slowest_process"] == 0 and found["slowest_seconds"] == pytest.approx(1.0)
 
 
 def test_stragglers_slow_host_is_named(tmp_path):

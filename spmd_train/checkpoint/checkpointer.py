@@ -42,7 +42,7 @@ class Checkpointer:
         self.committed = -1
         self._config = config
         self._read_only = read_only
-        self._leader = jax.process_index() == 0
+        self._leader = cluster.is_leader()
         self._failures = 0
         self._saving: _Save | None = None
         self._orbax = ocp.AsyncCheckpointer(

@@ -79,7 +79,7 @@ def check_drift(
         return
     made_by = meta.get("made_by", {})
     told = [
-        f"{name}: {made_by[name]} -> {facts.get(name, 'none')}"
+        f"{name}: {made_by[name]} -> {facts[name]}"
         for name in sorted(made_by)
         if name in facts and made_by[name] != facts[name]
     ]

@@ -6,24 +6,23 @@ import argparse
 import json
 
 from spmd_train import experiment
-from spmd_train.cli.targets import devices_of
+from spmd_train.cli.targets import compile_here, devices_of
 from spmd_train.inspect.collectives import collective_summary, format_collectives
-from spmd_train.plan.compiled import compile_step
+from spmd_train.parallel.mesh import mesh_text
 
 
 def run(args: argparse.Namespace) -> int:
     """Compiles the train step of `args.config` and prints its collectives."""
     with devices_of(args) as (devices, options):
         program = experiment.build(args.config, devices=devices).program
-        step = compile_step(program, options=options)
+        step = compile_here(program, args, options)
     summary = collective_summary(step.collectives)
     mesh = dict(program.mesh.shape)
     if args.json:
         told = {"mesh": mesh, "num_devices": program.mesh.size, **summary}
         print(json.dumps(told | {"compile_seconds": step.compile_seconds}, indent=2))
         return 0
-    sizes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
-    print(f"mesh: {' x '.join(sizes) or 'one device'}")
+    print(f"mesh: {mesh_text(mesh)}")
     print("")
     print(format_collectives(summary))
     return 0

@@ -7,9 +7,9 @@ import json
 
 from spmd_train import experiment
 from spmd_train.cli.formats import format_bytes
-from spmd_train.cli.targets import devices_of
+from spmd_train.cli.targets import compile_here, devices_of
 from spmd_train.inspect.shardings import sharding_table
-from spmd_train.plan.compiled import compile_step
+from spmd_train.parallel.mesh import mesh_text
 
 _TOLD = {
     "argument_bytes": "arguments: the train state and a batch",
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Compiles the train step of `args.config` and prints the compiler's account of its memory."""
     with devices_of(args) as (devices, options):
         program = experiment.build(args.config, devices=devices).program
-        step = compile_step(program, options=options)
+        step = compile_here(program, args, options)
     mesh = dict(program.mesh.shape)
     totals = sharding_table(program.plans).totals
     state = {name: total.bytes_per_device for name, total in totals.items()}
@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(told, indent=2))
         return 0
-    sizes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
-    print(f"mesh: {' x '.join(sizes) or 'one device'}")
+    print(f"mesh: {mesh_text(mesh)}")
     print("\nper device, as the sharding plan says:")
     for name, count in state.items():
         print(f"{format_bytes(count):>12}  {name}")

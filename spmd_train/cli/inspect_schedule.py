@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from spmd_train import experiment
+from spmd_train.cli.files import write_file
 from spmd_train.cli.formats import format_bytes
 from spmd_train.config import ConfigError, ExperimentConfig
 from spmd_train.inspect.schedule import (
@@ -18,6 +19,7 @@ from spmd_train.inspect.schedule import (
     schedule_report,
     schedule_svg,
 )
+from spmd_train.parallel.mesh import mesh_text
 from spmd_train.parallel.stages import loads
 from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.program import Program
@@ -33,10 +35,7 @@ def run(args: argparse.Namespace) -> int:
         )
     report = _report(args.config, program, program.pipeline)
     if args.svg is not None:
-        try:
-            args.svg.write_text(schedule_svg(program.pipeline.schedule), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--svg={args.svg}: cannot be written: {error}") from error
+        write_file(args.svg, schedule_svg(program.pipeline.schedule), flag="svg")
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -80,9 +79,8 @@ def _report(config: ExperimentConfig, program: Program, pipe: Pipeline) -> dict[
 
 def _lines(report: dict[str, Any], pipe: Pipeline) -> Iterator[str]:
     told, gather = report["per_device"], report["gather"]
-    sizes = [f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1]
     parts = report["grad_accumulation"]
-    yield f"mesh: {' x '.join(sizes)}"
+    yield f"mesh: {mesh_text(report['mesh'])}"
     yield (
         f"{report['schedule']}: {report['num_microbatches']} microbatches through "
         f"{report['num_stages']} stages"

@@ -10,6 +10,7 @@ from spmd_train import experiment
 from spmd_train.cli.formats import format_bytes
 from spmd_train.cli.targets import devices_of
 from spmd_train.inspect.shardings import ShardingTable, as_json, sharding_table
+from spmd_train.parallel.mesh import mesh_text
 from spmd_train.parallel.plan import LeafPlan
 
 
@@ -28,8 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[str]:
     """The lines that people read."""
-    sizes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
-    yield f"mesh: {' x '.join(sizes) or 'one device'}"
+    yield f"mesh: {mesh_text(mesh)}"
     yield ""
     heads = ("parameter", "shape", "dtype", "spec", "per device", "reason")
     yield from _columns(heads, [_row(plan) for plan in table.params], right={4})

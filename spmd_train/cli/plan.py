@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spmd_train import experiment
+from spmd_train.cli.files import check_folder, write_file
 from spmd_train.cli.targets import open_devices
 from spmd_train.config import ExperimentConfig
 from spmd_train.plan.advice import advise
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> int:
     """Compiles `args.config` for `args.target` and tells what comes of it; 3: it does not fit."""
+    check_folder(args.html, flag="html")
     result = None
     with open_devices(args) as (target, devices, options):
         build = functools.partial(experiment.build, devices=devices)
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             plan = _plan(args.config, target=target, build=build, options=options)
     if args.html and plan:
-        args.html.write_text(as_html(plan), encoding="utf-8")
+        write_file(args.html, as_html(plan), flag="html")
         log.info("written to %s", args.html)
     if args.json:
         document = as_json(plan) if plan else {"target": target.text, "fits": False}

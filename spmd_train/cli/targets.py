@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from spmd_train.config import ConfigError
+from spmd_train.parallel.mesh import mesh_text
+from spmd_train.plan.compiled import CompiledStep, DoesNotFitError, compile_step
 from spmd_train.plan.targets import Target, parse_target
 from spmd_train.plan.topologies import compiler_options, open_target
+from spmd_train.train.program import Program
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -24,6 +30,27 @@ def devices_of(args: argparse.Namespace) -> Iterator[tuple[Sequence[Any] | None,
         return
     with open_devices(args) as (_, devices, options):
         yield devices, options
+
+
+def compile_here(
+    program: Program, args: argparse.Namespace, options: Mapping[str, Any]
+) -> CompiledStep:
+    """The train step, compiled on what `devices_of` gave.
+
+    Raises:
+        ConfigError: the compiler says that it does not fit.
+    """
+    if args.target is not None:
+        log.info("compiling for %s, which can take minutes", args.target)
+    try:
+        return compile_step(program, options=options)
+    except DoesNotFitError as error:
+        where = f"--target={args.target}" if args.target else "the devices at hand"
+        raise ConfigError(
+            f"{where}: the compiler refuses the program on {mesh_text(program.mesh.shape)} for "
+            f"want of memory: it needs {error.needed_bytes or 'more'} bytes of a device; "
+            "`spmd-train plan` finds what makes it fit"
+        ) from error
 
 
 @contextlib.contextmanager

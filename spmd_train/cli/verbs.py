@@ -91,16 +91,22 @@ def _at_least(smallest: int) -> Callable[[str], int]:
     return convert
 
 
-def _folder(text: str) -> pathlib.Path:
+def _named(text: str, what: str) -> str:
     if not text:  # An unset shell variable; Path("") would be the folder one stands in.
-        raise argparse.ArgumentTypeError("must name a folder, but is empty")
-    return pathlib.Path(text)
+        raise argparse.ArgumentTypeError(f"must name a {what}, but is empty")
+    return text
+
+
+def _folder(text: str) -> pathlib.Path:
+    return pathlib.Path(_named(text, "folder"))
 
 
 def _file(text: str) -> pathlib.Path:
-    if not text:
-        raise argparse.ArgumentTypeError("must name a file, but is empty")
-    return pathlib.Path(text)
+    return pathlib.Path(_named(text, "file"))
+
+
+def _config(text: str) -> str:
+    return _named(text, "config")
 
 
 def _stage(text: str) -> str:
@@ -271,7 +277,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="html",
                 metavar="FILE",
-                type=pathlib.Path,
+                type=_file,
                 help="write the plan as one HTML page, too",
             ),
             SIMULATE_DEVICES,
@@ -329,6 +335,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="diff",
                 metavar="FILE[:ARG]",
+                type=_config,
                 help="compare with this config (default, where a --diff.a.b=VALUE is given: the "
                 "one of --config)",
             ),

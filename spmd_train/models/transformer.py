@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_train.config import ConfigError, ModelConfig, MoEConfig
+from spmd_train.config import ModelConfig, MoEConfig
 from spmd_train.nn.attention import Attention, LayerCache, Tokens
 from spmd_train.nn.dropout import DropoutKeys
 from spmd_train.nn.embeddings import Embedding, rope_angles
@@ -18,10 +18,14 @@ from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import SAVED_NAME, Operands, Projection, Tape, recording
 from spmd_train.nn.routing import RoutingStats
-from spmd_train.parallel.rules import constrain, keep_all_but_gathered, unshard, vary
+from spmd_train.parallel.rules import (
+    RESIDUAL,
+    constrain,
+    keep_all_but_gathered,
+    unshard,
+    vary,
+)
 from spmd_train.parallel.stages import Layers
-
-RESIDUAL = ("batch", "residual_sequence", None)
 
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -277,17 +281,9 @@ class Transformer(nnx.Module):
         return _ready(self.head, "head", dtype).kernel[...]
 
     def empty_cache(self, *, batch_size: int, length: int) -> Cache:
-        """A cache for `length` tokens of `batch_size` sequences.
-
-        Raises:
-            ConfigError: learned positions do not reach that far.
-        """
+        """A cache for `length` tokens of `batch_size` sequences."""
         config = self.config
-        if self.positions is not None and length > config.max_positions:
-            raise ConfigError(
-                f"sample.max_new_tokens: with the longest prompt they make {length} tokens, but "
-                f"model.max_positions is {config.max_positions}; ask for fewer"
-            )
+        assert self.positions is None or length <= config.max_positions, length
         shape = (batch_size, length, config.resolved_kv_heads, config.resolved_head_dim)
         zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.compute_dtype))
         zeros = constrain(zeros, ("layers", "batch", "sequence", "kv_heads", None))

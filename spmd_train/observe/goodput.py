@@ -96,6 +96,7 @@ class Goodput:
 
     def begin(self, step: int) -> None:
         """The attempt goes on from a step: fresh, restored, or rolled back to."""
+        self.write()  # What came before a rollback belongs to the steps that it takes back.
         self._step = self._first = step
         if self._path is not None and self._handle is None:
             try:
@@ -173,8 +174,9 @@ def _is_ours(line: Any) -> bool:
         return False
     whole = [line.get("attempt"), line.get("step"), *(line[k] for k in ("begin",) if k in line)]
     seconds = [line.get("time"), *line["spans"].values()]
+    latest = 1e11  # The year 5138: what a date can still be made of.
     return (
         all(type(n) is int and 0 <= n < 2**53 for n in whole)
-        and all(type(s) in (int, float) and 0 <= s < 2**53 for s in seconds)
+        and all(type(s) in (int, float) and 0 <= s < latest for s in seconds)
         and isinstance(line.get("end", ""), str)
     )

@@ -77,14 +77,12 @@ def line_chart(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
     marks: Sequence[float] = (),
-    x_label: str = "step",
 ) -> Iterator[str]:
     """Lines over a common axis; what is not finite is a gap.
 
     Args:
         series: name to (x, y), x rising.
         marks: where x has a dashed vertical line.
-        x_label: of the x axis.
     """
     drawn = {name: _thinned(points) for name, points in series.items() if points}
     flat = [point for points in drawn.values() for point in points if _drawable(point[1])]
@@ -112,7 +110,7 @@ def line_chart(
         if x_low <= x <= x_high:
             yield (
                 f"<path d='M{at_x(x):.1f} {_TOP}V{_HEIGHT - _BOTTOM}' stroke='#a40000' "
-                f"stroke-dasharray='3 3'><title>restart at {x_label} {_short(x)}</title></path>"
+                f"stroke-dasharray='3 3'><title>restart at step {_short(x)}</title></path>"
             )
     for i, (name, points) in enumerate(drawn.items()):
         color = COLORS[i % len(COLORS)]

@@ -70,7 +70,7 @@ class JsonlWriter:
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         """Appends `{"step", "split", **values, "time"}`."""
         record = {"step": int(step), "split": split}
-        record |= {name: _to_json(value) for name, value in values.items()}
+        record |= {name: strict_json(value) for name, value in values.items()}
         record["time"] = self._now()
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
@@ -90,7 +90,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _to_json(value: float | None) -> float | str | None:
+def strict_json(value: float | None) -> float | str | None:
+    """A number as it stands in a line: what JSON has no number for as a string."""
     if value is None or isinstance(value, int):
         return value
     value = float(value)  # NumPy's and JAX's scalars too

@@ -15,7 +15,7 @@ from spmd_train.config import ConfigError
 from spmd_train.observe.account import Account, account
 from spmd_train.observe.goodput import NAME, read_goodput
 from spmd_train.observe.html import COLORS, line_chart, page, stacked_bar
-from spmd_train.observe.jsonl import read_jsonl
+from spmd_train.observe.jsonl import read_jsonl, strict_json
 from spmd_train.observe.stragglers import NOTABLE
 
 _TOLD = {
@@ -62,12 +62,16 @@ def read_report(workdir: Path) -> Report:
     return Report(workdir=Path(workdir), account=account(lines), metrics=metrics)
 
 
+def _strict(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: strict_json(v) if isinstance(v, float) else v for k, v in metrics.items()}
+
+
 def as_document(report: Report) -> dict[str, Any]:
     """The report as JSON: seconds and shares by kind, attempts, saves, the last metrics."""
     time = report.account
     saves = time.saves
     last = {
-        split: next((dict(m) for m in reversed(report.metrics) if m.get("split") == split), None)
+        split: next((_strict(m) for m in reversed(report.metrics) if m.get("split") == split), None)
         for split in ("train", "eval")
     }
     return {

@@ -95,10 +95,11 @@ class Stragglers:
             return {}
         first, *before = self._last
         count = step - first
+        now = self._clock.totals()  # Before the barrier, which would level who waits for whom.
         begin = time.monotonic()
         cluster.meet_again()
         barrier = time.monotonic() - begin
-        spans = [(b - a) / count for a, b in zip(before, self._clock.totals(), strict=True)]
+        spans = [(b - a) / count for a, b in zip(before, now, strict=True)]
         mine = Pace(
             host=cluster.host(), step=spans[0], data=spans[1], device=spans[2], barrier=barrier
         )

@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 from spmd_train.config import ConfigError
 from spmd_train.parallel.rules import LogicalAxes
 
-BATCH_AXES = ("stage", "layers", "expert")
+BATCH_AXES = ("layers", "expert")
 HEAD_AXES = ("heads", "kv_heads", "head_dim")
 
 

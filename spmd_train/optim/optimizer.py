@@ -45,7 +45,7 @@ def make_optimizer(
         num_steps: steps of the run, for the schedule.
         params: nested dicts of arrays or ShapeDtypeStructs; only paths and shapes are used.
         logical_axes: parameter path to logical axes, None where the leaf has none. Stacked layers
-            have "layers" (and "stage") among them.
+            have "layers" among them.
 
     Returns:
         A transformation whose state is a dict: `clip`, `precondition`, `decay`, `schedule`. What
@@ -135,7 +135,7 @@ def _clip_by_layer_rms(threshold: float, axes: Any) -> optax.GradientTransformat
 
     def clip(update: jax.Array, names: LogicalAxes | None) -> jax.Array:
         names = names or (None,) * update.ndim
-        dims = tuple(i for i, name in enumerate(names) if name not in ("stage", "layers"))
+        dims = tuple(i for i, name in enumerate(names) if name != "layers")
         rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=dims, keepdims=True))
         return update / jnp.maximum(1.0, rms / threshold)
 

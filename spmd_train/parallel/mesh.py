@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,3 +114,8 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     else:
         grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """Sizes of mesh axes as people read them: `data=2 x fsdp=4`, or `one device`."""
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"

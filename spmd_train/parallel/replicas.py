@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spmd_train.parallel.rules import leaf_path
+from spmd_train.parallel.rules import axes_of, leaf_path
 
 
 class CorruptStateError(Exception):
@@ -88,7 +88,7 @@ class ReplicaCheck:
     def _copies(self, sharding: NamedSharding) -> np.ndarray:
         """Flat numbers of devices in the mesh: a row for each shard, its copies side by side."""
         names = self._mesh.axis_names
-        used = set(_flat_axes(sharding.spec))
+        used = set(axes_of(sharding.spec))
         order = [names.index(a) for a in names if a in used]
         rest = [names.index(a) for a in names if a not in used]
         numbers = np.arange(self._mesh.size).reshape(self._mesh.devices.shape)
@@ -121,13 +121,6 @@ def _outvoted(group: np.ndarray, hashes: np.ndarray) -> list[int]:
     if 2 * most <= len(group):
         return group.tolist()
     return group[hashes != values[counts.argmax()]].tolist()
-
-
-def _flat_axes(spec: PartitionSpec) -> list[str]:
-    axes: list[str] = []
-    for entry in spec:
-        axes += [entry] if isinstance(entry, str) else list(entry or ())
-    return axes
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:

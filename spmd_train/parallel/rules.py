@@ -42,6 +42,8 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
 }
 
 LogicalAxes = tuple[str | None, ...]
+RESIDUAL: LogicalAxes = ("batch", "residual_sequence", None)
+"""Of what goes from block to block, [B, T, D]."""
 
 KEPT_IN_FULL = re.compile(r"(^|/)router/")
 """Matrices that compute in their own dtype: which expert a token takes is decided in float32."""
@@ -144,7 +146,7 @@ class Layout:
             path: to_spec([without(dim) for dim in dims_of(spec, ndim=len(spec))])
             for path, spec in self.param_specs.items()
         }
-        return Layout(self.mesh, rules, specs)
+        return dataclasses.replace(self, rules=rules, param_specs=specs)
 
     def constrain_params(self, params: Any) -> Any:
         """Lays a tree of parameters out as this layout says."""

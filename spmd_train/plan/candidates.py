@@ -11,6 +11,7 @@ from typing import Any
 
 from spmd_train.config import MESH_AXES, ConfigError, ExperimentConfig, MeshConfig
 from spmd_train.config.schema import DcnMeshConfig
+from spmd_train.parallel.mesh import mesh_text
 from spmd_train.parallel.schedule_table import Schedule
 from spmd_train.parallel.schedules import SCHEDULES, make_schedule
 from spmd_train.plan.targets import Target
@@ -110,9 +111,8 @@ class Candidate:
     @property
     def name(self) -> str:
         """Short, for tables."""
-        axes = [f"{a}={n}" for a, n in self.mesh.items() if n > 1] or ["one device"]
         crossing = [f"{a} {n} between" for a, n in self.dcn.items() if n > 1]
-        parts = [" x ".join(axes), *crossing]
+        parts = [mesh_text(self.mesh), *crossing]
         if self.ticks:
             parts.append(f"{self.ticks.schedule} of {self.ticks.num_microbatches}")
         parts.append(f"remat {self.remat}")
@@ -156,6 +156,12 @@ def meshes(
     """
     fixed = {a: getattr(config.mesh, a) for a in MESH_AXES if a not in _SEARCHED}
     fixed = {a: max(size, 1) for a, size in fixed.items()}
+    for axis in fixed:
+        if (size := getattr(config.mesh.dcn, axis)) > 1:
+            raise ConfigError(
+                f"--search: mesh.dcn.{axis} = {size}: only data, fsdp and pipeline are laid "
+                "between slices or nodes here; set it to 1, or plan without --search"
+            )
     free = num_devices // math.prod(fixed.values())
     parts = target.num_slices if target.platform == "tpu" else 1
     if target.platform == "gpu":

@@ -8,6 +8,7 @@ from typing import Any
 
 from spmd_train.config import ExperimentConfig, describe
 from spmd_train.inspect.collectives import collective_summary
+from spmd_train.parallel.mesh import mesh_text
 from spmd_train.plan.compiled import CompiledStep
 from spmd_train.plan.hlo_cost import program_cost
 
@@ -122,8 +123,7 @@ def _config_difference(first: ExperimentConfig, second: ExperimentConfig) -> lis
 def format_comparison(told: Mapping[str, Any]) -> Iterator[str]:
     """The lines that people read, of `compare`'s answer."""
     for mark, program in zip("AB", told["programs"], strict=True):
-        sizes = [f"{axis}={size}" for axis, size in program["mesh"].items() if size > 1]
-        yield f"{mark}: {program['name']}: {' x '.join(sizes) or 'one device'}"
+        yield f"{mark}: {program['name']}: {mesh_text(program['mesh'])}"
     yield ""
     if told["config"]:
         lines = [

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spmd_train.inspect.collectives import collective_summary, format_collectives
+from spmd_train.parallel.mesh import mesh_text
 from spmd_train.plan.answer import Plan
 
 _PER_DEVICE = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes")
@@ -78,11 +79,10 @@ def _details(plan: Plan, summary: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def format_plan(plan: Plan) -> Iterator[str]:
     """The lines that people read; each figure says whose it is."""
-    mesh = [f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1]
     chip = plan.target.chip
     yield (
         f"{plan.num_params:,} parameters on {plan.target.text}: {plan.num_devices} devices, "
-        f"{' x '.join(mesh) or 'no parallelism'}"
+        f"{mesh_text(plan.mesh)}"
     )
     yield ""
     verdict = "fits" if plan.fits else "DOES NOT FIT"

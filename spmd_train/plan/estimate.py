@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from spmd_train.config import ExperimentConfig
-from spmd_train.observe.flops import matmul_parameters
 from spmd_train.parallel.chips import Chip
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state
 from spmd_train.parallel.rules import make_rules
@@ -23,6 +22,7 @@ from spmd_train.plan.candidates import Candidate, Ticks
 from spmd_train.plan.network import Span, seconds_of
 from spmd_train.plan.sizes import StateBytes, state_bytes
 from spmd_train.plan.trace_cost import TraceCost
+from spmd_train.tasks import LayeredTask, make_task
 
 _COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -36,8 +36,6 @@ class Estimate:
         peak_bytes: memory.
         flops: of matmuls.
         wire_bytes: sent.
-        compute: seconds at the chip's peak.
-        network: seconds on ICI and DCN.
         bubble_share: the part of the time in which a pipeline's device waits, 0 to 1: the
             schedule's, and what its head makes the last stage slower than the others.
         parts: seconds of `compute`, `hbm`, `ici`, `dcn` and `bubble`, each as if alone.
@@ -49,8 +47,6 @@ class Estimate:
     peak_bytes: float
     flops: float
     wire_bytes: float
-    compute: float
-    network: float
     bubble_share: float
     parts: Mapping[str, float]
     step: float
@@ -160,7 +156,7 @@ def estimate(
         in_ticks += seconds if ticks and s.axes == ("tensor",) else 0.0
         sends = 1.0 if s.op == "collective-permute" else (group - 1) / group
         wire += (2 if s.op == "all-reduce" else 1) * s.payload * sends * s.count
-    share = 0.0 if ticks is None or shared_cores else _bubble_share(ticks, config, layers=layers)
+    share = 0.0 if ticks is None or shared_cores else _bubble_share(ticks, config)
     busy = max(compute, moving) + in_ticks
     waits = busy * share / (1 - share)
     times = {"compute": compute, "hbm": moving, "ici": ici, "dcn": dcn, "bubble": waits}
@@ -169,8 +165,6 @@ def estimate(
         peak_bytes=peak_bytes,
         flops=flops,
         wire_bytes=wire,
-        compute=compute,
-        network=ici + dcn,
         bubble_share=share,
         parts=times,
         step=max(busy + waits, hidden) + ici + dcn - hidden - in_ticks,
@@ -178,19 +172,18 @@ def estimate(
     )
 
 
-def _bubble_share(ticks: Ticks, config: ExperimentConfig, *, layers: int) -> float:
-    """What a stage waits for its turn, and for the last stage, which has the head."""
-    per_layer = matmul_parameters(config.model, config.moe)
-    head = config.model.embed_dim * config.model.vocab_size
-    head_layers = head * config.model.num_layers / (per_layer - head)
+def _bubble_share(ticks: Ticks, config: ExperimentConfig) -> float:
+    """What a stage waits for its turn, and for the stage with the most work."""
+    task = make_task(config)
+    assert isinstance(task, LayeredTask)
     stages = make_stages(
-        config.model.num_layers,
+        task.num_layers,
         num_devices=ticks.num_stages,
         num_chunks=ticks.num_chunks,
         balance=config.pipeline.balance,
-        head_layers=head_layers,
+        head_layers=task.head_layers,
     )
-    work = loads(stages.sizes, head_layers=head_layers)
+    work = loads(stages.sizes, head_layers=task.head_layers)
     by_device = [sum(work[device :: ticks.num_stages]) for device in range(ticks.num_stages)]
     even = sum(by_device) / len(by_device) / max(by_device)
     return 1 - (1 - ticks.bubble) * even

@@ -85,9 +85,7 @@ def format_search(result: SearchResult, *, target: Target) -> Iterator[str]:
     yield ""
     yield "to use it:"
     yield " ".join(
-        f"--config.{path}={value}"
-        for path, value in result.winner.candidate.overrides.items()
-        if not (path.startswith("mesh.dcn.") and value == 1)
+        f"--config.{path}={value}" for path, value in result.winner.candidate.overrides.items()
     )
 
 

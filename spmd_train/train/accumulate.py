@@ -39,8 +39,7 @@ def sum_gradients(
     Returns:
         Gradients in float32, sharded like the parameters, and the sums of the batch.
     """
-    # A constant near the sum of weights keeps low-precision gradients in range; it cancels below.
-    scale = 1.0 / math.prod(next(iter(batch.values())).shape)
+    scale = loss_scale(batch)
 
     def scaled(params: Params, microbatch: Batch) -> tuple[jax.Array, LossOutput]:
         sums = loss(params, microbatch)
@@ -87,5 +86,18 @@ def sum_gradients(
             )(params, batch)
         else:
             grads, sums = accumulate(params, batch)
+    return per_weight(grads, sums, scale=scale), sums
+
+
+def loss_scale(batch: Batch) -> float:
+    """What the loss is multiplied by; `per_weight` cancels it.
+
+    A constant near 1 / the sum of weights keeps low-precision gradients in range.
+    """
+    return 1.0 / math.prod(next(iter(batch.values())).shape)
+
+
+def per_weight(grads: Params, sums: LossOutput, *, scale: float) -> Params:
+    """Gradients of `loss_sum / weight_sum` from those of `loss_sum * scale`."""
     factor = 1.0 / (scale * jnp.maximum(sums.weight_sum, 1.0))
-    return jax.tree.map(lambda g: g * factor, grads), sums
+    return jax.tree.map(lambda g: g * factor, grads)

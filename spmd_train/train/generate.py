@@ -13,7 +13,7 @@ from spmd_train.models.transformer import Cache, Transformer
 from spmd_train.nn.attention import Tokens
 from spmd_train.nn.loss import softcapped
 from spmd_train.nn.projection import dot_float32
-from spmd_train.parallel.rules import constrain, use_layout
+from spmd_train.parallel.rules import Layout, constrain, use_layout
 from spmd_train.train.program import Program
 from spmd_train.train.state import Params
 
@@ -81,7 +81,7 @@ def generate(
     """
     if not prompts or any(not len(p) for p in prompts):
         raise ValueError("generate: every prompt needs at least one token")
-    layout = program.layout.with_copies("pipeline")
+    layout = _layout_of(program)
     shards = layout.size(layout.axes("batch"))
     batch_size = -(-len(prompts) // shards) * shards
     longest = max(map(len, prompts))
@@ -93,7 +93,7 @@ def generate(
         ids[row, start:] = prompt
         positions[row, start:] = np.arange(len(prompt))
         segment_ids[row, start:] = 1
-    run = _continue(program, max_new_tokens, sampling)
+    run = _continue(program, layout, max_new_tokens, sampling)
     told = Tokens(jnp.asarray(segment_ids), jnp.asarray(positions))
     tokens = np.asarray(run(params, jnp.asarray(ids), told, jax.random.key(seed)))
     continuations = []
@@ -105,7 +105,17 @@ def generate(
     return continuations
 
 
-def _continue(program: Program, max_new_tokens: int, sampling: Sampling):
+def _layout_of(program: Program) -> Layout:
+    """Prompts are in their own order; and a token at a time cannot fill a pipeline.
+
+    Its devices split the prompts instead, each with all layers, gathered once for all the tokens.
+    """
+    layout = program.layout.with_copies("pipeline")
+    context = dataclasses.replace(layout.context, placement="contiguous")
+    return dataclasses.replace(layout, context=context)
+
+
+def _continue(program: Program, layout: Layout, max_new_tokens: int, sampling: Sampling):
     """The jitted function; one compilation per shape of the prompt."""
 
     def step(model: Transformer, ids_BT: jax.Array, tokens: Tokens, cache: Cache):
@@ -117,10 +127,7 @@ def _continue(program: Program, max_new_tokens: int, sampling: Sampling):
 
     @jax.jit
     def run(params: Params, ids_BT: jax.Array, tokens: Tokens, key: jax.Array) -> jax.Array:
-        # A token at a time cannot fill a pipeline: its devices split the prompts instead, each with
-        # all layers, which are gathered once for all the tokens.
-        layout = program.layout.with_copies("pipeline")
-        if layout is not program.layout:
+        if layout.param_specs != program.layout.param_specs:
             params = layout.constrain_params(params)
         with use_layout(layout):
             model = program.model.merge(params)

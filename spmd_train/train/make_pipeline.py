@@ -45,29 +45,34 @@ def pipeline_rules(
     if not stages.in_order and "layers" not in sharding.rules and "embed" not in sharding.rules:
         rules["layers"] = ()
         rules["embed"] = (*rules["embed"], AXIS)
-        _check_embed(rules["embed"], stages, model=model, mesh=mesh)
+        _check_embed(rules["embed"], stages, balance=config.balance, model=model, mesh=mesh)
     return rules
 
 
 def _check_embed(
-    axes: tuple[str, ...], stages: Stages, *, model: FunctionalModel, mesh: Mesh
+    axes: tuple[str, ...], stages: Stages, *, balance: str, model: FunctionalModel, mesh: Mesh
 ) -> None:
     shards = math.prod(mesh.shape[a] for a in axes)
+    count = stages.num_devices * stages.num_chunks
+    below = stages.num_layers // count * count
+    cures = [f"{below} or {below + count} layers"] if stages.num_layers % count else []
+    if balance == "flops":
+        cures.append("pipeline.balance = layers")
+    if stages.num_chunks > 1:
+        cures.append("pipeline.virtual_stages = 1 (a schedule that is not interleaved)")
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_params):
         names = model.logical_axes[leaf_path(path)] or ()
         for name, size in zip(names, leaf.shape, strict=False):
             if name == "embed" and size % shards:
-                count = stages.num_devices * stages.num_chunks
-                below = stages.num_layers // count * count
                 raise ConfigError(
                     f"model.num_layers: {stages.num_layers} layers are no even parts, in order, "
                     f"of mesh.pipeline = {stages.num_devices} stages with {stages.num_chunks} "
                     "chunks each, so that every device keeps a part of each layer's embed dim; "
                     f"but that of {leaf_path(path)}, {size}, does not divide over "
-                    f"{' x '.join(a for a in axes if mesh.shape[a] > 1)} = {shards} devices. With "
-                    f"{max(below, count)} or {below + count} layers and one chunk it need not; "
-                    f"the nearest embed dims that divide are {max(size // shards, 1) * shards} "
-                    f"and {(size // shards + 1) * shards}"
+                    f"{' x '.join(a for a in axes if mesh.shape[a] > 1)} = {shards} devices. "
+                    f"With {' or with '.join(cures)} it need not; the nearest embed dims that "
+                    f"divide are {max(size // shards, 1) * shards} and "
+                    f"{(size // shards + 1) * shards}"
                 )
 
 
@@ -142,11 +147,19 @@ def make_pipeline(
 
 def _check_leaf(path: str, dims: stages_lib.Dims, pipe: Pipeline) -> None:
     stages = pipe.stages
-    if path.split("/")[0] == pipe.task.stack and AXIS in dims[0] and not stages.in_order:
+    stacked = path.split("/")[0] == pipe.task.stack
+    if stacked and dims[0] and dims[0][0] != AXIS:
         raise ConfigError(
-            f"sharding: {path} has its layers over mesh axis {AXIS!r}, but these stages are no "
-            f"even parts in order ({stages.num_layers} layers, {stages.num_devices} stages, "
-            f"{stages.num_chunks} chunks each); shard another dim of it over {AXIS}, or none"
+            f"sharding.rules.layers, or the override of {path}: its layers are over "
+            f"{'+'.join(dims[0])}, but stages are runs of layers; put {AXIS} first, or set it to "
+            "none"
+        )
+    if stacked and dims[0] and not stages.in_order:
+        raise ConfigError(
+            f"sharding.rules.layers, or the override of {path}: its layers are over "
+            f"{'+'.join(dims[0])}, but these stages are no even parts in order "
+            f"({stages.num_layers} layers, {stages.num_devices} stages, {stages.num_chunks} chunks "
+            "each); set sharding.rules.layers to none, or leave out sharding.rules.embed"
         )
     for i, dim in enumerate(dims):
         # A leaf that shares its last axis comes to the loop without it.
@@ -154,10 +167,16 @@ def _check_leaf(path: str, dims: stages_lib.Dims, pipe: Pipeline) -> None:
         left = [a for a in dim if a not in pipe.hand]
         # Gathered over the outer of them, the inner ones' parts of the dim are no longer in order.
         if ours and left:
+            if pipe.gather == "microbatch" and set(left) <= {"fsdp"}:
+                cure = "set pipeline.gather to step"
+            elif ours == [AXIS]:
+                cure = f"put {AXIS} last on that dim in sharding.rules"
+            else:
+                cure = "give them dims of their own in sharding.rules"
             raise ConfigError(
                 f"pipeline.gather: {pipe.gather!r} leaves {'+'.join(left)} to XLA, but dim {i} of "
                 f"{path} is on {'+'.join(dim)}, of which the pipeline gathers {'+'.join(ours)}; "
-                "set pipeline.gather to step, or change sharding.rules"
+                f"{cure}"
             )
 
 

@@ -131,7 +131,13 @@ def make_program(
         if "sequence" in axes:
             check_sequence(shapes[name].shape[axes.index("sequence")], layout)
     _check_sequence(shapes, batch_axes, layout)
-    pipe = make_pipeline(task, model=model, layout=layout, config=pipeline, train=train)
+    pipe = make_pipeline(
+        task,
+        model=model,
+        layout=layout,
+        config=pipeline,
+        train=dataclasses.replace(train, grad_accumulation=num_microbatches),
+    )
 
     schedule = make_schedule(optimizer, num_steps=train.num_steps)
     transform = make_optimizer(

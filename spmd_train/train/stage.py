@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spmd_train.nn.projection import Operands
-from spmd_train.parallel.rules import constrain, leaf_path, vary
+from spmd_train.parallel.rules import RESIDUAL, constrain, leaf_path, vary
 from spmd_train.parallel.schedule_table import Schedule
 from spmd_train.parallel.schedules import Columns, columns
 from spmd_train.parallel.stages import AXIS, Layers
@@ -20,8 +20,6 @@ from spmd_train.train.state import Params
 Tree = Any
 Leaves = dict[str, jax.Array]
 """Arrays by path."""
-
-ACTIVATION = ("batch", "residual_sequence", None)
 
 
 def cond(
@@ -111,7 +109,7 @@ class Stage:
     def embed(self, outer: Params, part: Batch) -> jax.Array:
         """What enters the first stage."""
         model = self._merge(outer, self.chunk(0))
-        return constrain(self.pipe.task.embed(model, part, key=self._key), ACTIVATION)
+        return constrain(self.pipe.task.embed(model, part, key=self._key), RESIDUAL)
 
     def run(
         self, blocks: Params, x: jax.Array, part: Batch, chunk: Any, taps: Leaves | None = None
@@ -127,12 +125,15 @@ class Stage:
             layers=Layers(jnp.maximum(indices, 0), exists),
             taps=taps,
         )
-        return output._replace(x=constrain(output.x, ACTIVATION))
+        return output._replace(x=constrain(output.x, RESIDUAL))
 
     def operands(self) -> Operands:
         """Shapes of what a chunk's weight gradients are made of."""
-        run = lambda x: self.run(self.chunk(0), x, self._first, 0, {}).operands  # noqa: E731
-        shapes: Any = jax.eval_shape(lambda: run(zeros(self.activation)))
+
+        def run() -> LayersOutput:
+            return self.run(self.chunk(0), zeros(self.activation), self._first, 0, {})
+
+        shapes: Any = jax.eval_shape(run).operands
         return shapes
 
     def head(self, outer: Params, x: jax.Array, part: Batch) -> LossOutput:

@@ -13,7 +13,6 @@ devices of such a group take the same one.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,13 +25,17 @@ from spmd_train.parallel.rules import to_spec, vary
 from spmd_train.parallel.schedules import Columns, forward_only
 from spmd_train.parallel.stages import AXIS
 from spmd_train.tasks import Batch, LayersOutput, LossOutput
+from spmd_train.train.accumulate import loss_scale, per_weight
 from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.stage import Leaves, Place, Stage, add, add_to, cond, zeros
 from spmd_train.train.state import Params
 
 
 class Calls(NamedTuple):
-    """Units whose layers were computed, summed over the mesh axes by hand: int32 scalars."""
+    """Units whose layers were computed, summed over the mesh axes by hand: int32 scalars.
+
+    They are how a test sees that idle slots compute nothing.
+    """
 
     forward: jax.Array
     backward: jax.Array
@@ -54,13 +57,10 @@ def pipelined_gradients(
         Gradients of `loss_sum / weight_sum` in float32, sharded as the parameters; the sums of the
         batch; the units computed.
     """
-    # A constant near the sum of weights keeps low-precision gradients in range; it cancels below.
-    scale = 1.0 / math.prod(next(iter(batch.values())).shape)
+    scale = loss_scale(batch)
     loop = functools.partial(_gradients, pipe, scale=scale)
     grads, sums, calls = _by_hand(pipe, loop, params, batch, key, with_grads=True)
-    grads = pipe.from_stages(grads)
-    factor = 1.0 / (scale * jnp.maximum(sums.weight_sum, 1.0))
-    return jax.tree.map(lambda g: g * factor, grads), sums, calls
+    return per_weight(pipe.from_stages(grads), sums, scale=scale), sums, calls
 
 
 def pipelined_sums(pipe: Pipeline, params: Params, batch: Batch) -> LossOutput:
@@ -197,7 +197,10 @@ def _gradients(
             return output, lambda g: pull((g, one))
 
         if c.deferred is None:
-            run = lambda p, x: stage.run(p, x, part, chunk)  # noqa: E731
+
+            def run(blocks: Params, x: jax.Array) -> LayersOutput:
+                return stage.run(blocks, x, part, chunk)
+
             output, pull = linearized(run, stage.chunk(chunk), x)
             return output, lambda g: (*pull(g), None)
         deferred = c.deferred
