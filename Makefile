@@ -33,9 +33,9 @@ test-plan-cuda: $(VENV)/.plan-cuda
 	$(BIN)/python -m pytest -m plan_cuda
 
 # docs/plans.md: the pod configs on the topologies they are meant for. Hours on a small machine;
-# what is in build/plans already is not compiled again.
+# what is in docs/plans already is not compiled again.
 plan-table: $(VENV)/.plan-tpu $(VENV)/.plan-cuda
-	$(BIN)/python scripts/plan_table.py --out=build/plans --table=docs/plans.md
+	$(BIN)/python scripts/plan_table.py
 
 # docs/wire.md: what each mesh axis sends, by formula and counted. Some minutes.
 wire-table: $(VENV)/.train

@@ -1,9 +1,11 @@
 """Plans the pod configs on the topologies they are meant for and writes the table of the docs.
 
-    python scripts/plan_table.py --out=build/plans --table=docs/plans.md
+    python scripts/plan_table.py --only=llama3_70b
+    python scripts/plan_table.py --no_compile
 
-Each row is one `spmd-train plan` in a process of its own; a row whose JSON is in --out is not
-compiled again. Needs libtpu (extra plan-tpu) and, for the GPU rows, the extra plan-cuda.
+Each row is one `spmd-train plan` in a process of its own, whose answer is kept under --rows with
+the commit that it was made at; a row that is there is not compiled again: remove it to have it
+anew. Needs libtpu (extra plan-tpu) and, for the GPU rows, the extra plan-cuda.
 """
 
 import argparse
@@ -46,18 +48,6 @@ ROWS = (
     ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "h100:4x8", ("train.global_batch_size=32",)),
     ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x4", ("train.global_batch_size=128",)),
     ("Llama-3-8B, 2 x 8,192", "llama3_8b.py", "v5p:4x4x8", ("train.global_batch_size=256",)),
-    (
-        "Llama-2-7B, 4 x 4,096, projections kept",
-        "llama2_7b.py",
-        "v5p:4x4x4",
-        ("train.global_batch_size=256", "model.remat=projections"),
-    ),
-    (
-        "Llama-2-7B, 1 x 4,096, tensor 4",
-        "llama2_7b.py",
-        "v5p:4x4x4",
-        ("train.global_batch_size=16", "mesh.fsdp=16", "mesh.tensor=4"),
-    ),
 )
 HEADS = (
     "config, per device",
@@ -65,6 +55,7 @@ HEADS = (
     "mesh",
     "peak GiB",
     "of it temporary",
+    "collectives / step",
     "wire GB / step",
     "async",
     "FLOPs, program / model",
@@ -78,25 +69,22 @@ HEADS = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "plans")
+    parser.add_argument("--rows", type=pathlib.Path, default=ROOT / "docs" / "plans")
     parser.add_argument("--table", type=pathlib.Path, default=ROOT / "docs" / "plans.md")
-    parser.add_argument("--only", default="", help="rows whose target begins with this")
+    parser.add_argument("--only", default="", help="compile only rows with this in their file name")
     parser.add_argument("--no_compile", action="store_true", help="only write the table")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines, missing, notes = [], [], []
+    args.rows.mkdir(parents=True, exist_ok=True)
+    lines, missing = [], []
     for name, config, target, overrides in ROWS:
-        path = args.out / f"{row_name(config, target, overrides)}.json"
-        if not path.exists() and not args.no_compile and target.startswith(args.only):
+        path = args.rows / f"{row_name(config, target, overrides)}.json"
+        if not path.exists() and not args.no_compile and args.only in path.name:
             compile_row(path, config, target, overrides)
         if path.exists():
-            plan = json.loads(path.read_text())
-            lines.append(cells(name, plan))
-            notes += [plan["note"]] if "note" in plan else []
+            lines.append(cells(name, json.loads(path.read_text())))
         else:
             missing.append(f"{name} on {target}")
-    write_section(args.table, "The pod configs", section(lines, missing, notes))
-    print(args.table.read_text())
+    write_section(args.table, "The pod configs", section(lines, missing))
 
 
 def row_name(config, target, overrides):
@@ -120,7 +108,7 @@ def compile_row(path, config, target, overrides):
         # A compiler's fault in one row must not keep the others from the table.
         print(f"{path.name}: exit code {done.returncode}", file=sys.stderr, flush=True)
         return
-    path.write_text(json.dumps(json.loads(done.stdout) | {"commit": commit()}, indent=2))
+    path.write_text(json.dumps(json.loads(done.stdout) | {"commit": commit()}, indent=1) + "\n")
 
 
 def commit():
@@ -141,6 +129,7 @@ def cells(name, plan):
         mesh,
         f"{memory['peak_bytes'] / 2**30:.2f}" + ("" if plan["fits"] else ", **does not fit**"),
         f"{memory['temp_bytes'] / 2**30:.2f}",
+        executed(plan["collectives"]),
         f"{plan['wire_bytes'] / 1e9:.1f}",
         f"{plan['details']['async_wire_bytes'] / max(plan['wire_bytes'], 1):.0%}",
         f"{flops['program'] / flops['model']:.3f}" if flops["program"] else "",
@@ -152,16 +141,26 @@ def cells(name, plan):
     )
 
 
-def section(lines, missing, notes):
+def executed(collectives):
+    """How many of each kind a device executes; the loops' trips multiplied out."""
+    counts, unknown = {}, 0
+    for row in collectives:
+        unknown += row["count"] is None
+        counts[row["op"]] = counts.get(row["op"], 0) + (row["count"] or 0)
+    told = [f"{n:,} {op}" for op, n in sorted(counts.items(), key=lambda item: -item[1]) if n]
+    return ", ".join(told + ([f"{unknown} in loops of unknown length"] if unknown else []))
+
+
+def section(lines, missing):
     table = [HEADS, ["---"] * len(HEADS), *lines]
     text = "\n".join("| " + " | ".join(line) + " |" for line in table)
-    notes = [*notes, f"Not compiled yet: {'; '.join(missing)}."] if missing else notes
-    told = "\n\n" + " ".join(notes) if notes else ""
+    told = f"\n\nNot compiled: {'; '.join(missing)}." if missing else ""
     return f"""Written by `make plan-table`: each row compiled by the target's own compiler on a
-machine without the hardware, at the commit that it names. Peak and temporary memory (of a device)
-and collectives are the compiler's; wire bytes are those of ring algorithms; step time and MFU are a
-roofline on data-sheet rates, the best that the program could do. The seconds of compiling depend on
-the machine.
+machine without the hardware, at the commit that it names; its whole answer is in `docs/plans/`,
+and `python scripts/plan_table.py --no_compile` writes the table from there. Peak and temporary
+memory (of a device) and collectives are the compiler's; wire bytes are those of ring algorithms;
+step time and MFU are a roofline on data-sheet rates, the best that the program could do. The seconds
+of compiling depend on the machine: these were 2 cores that other work shared.
 
 {text}{told}
 """
