@@ -116,8 +116,11 @@ def test_observe_chips_have_plausible_numbers_and_a_source():
         assert chip.source.startswith("https://")
         assert 10e9 < chip.hbm_bytes < 300e9
         # The arithmetic intensity of every one of them: FLOPs per byte of memory traffic.
-        assert 50 < max(chip.flops.values()) / chip.hbm_bandwidth < 700
-        assert chip.flops["float32"] <= max(chip.flops.values())
+        sixteen_bit = chip.flops.get("bfloat16", chip.flops.get("float16"))
+        assert 50 < sixteen_bit / chip.hbm_bandwidth < 700
+        assert chip.flops["float32"] <= sixteen_bit
+        for dtype in ("int8", "float8"):
+            assert chip.flops.get(dtype, sixteen_bit) / sixteen_bit == pytest.approx(1.5, abs=0.51)
 
 
 def test_observe_peak_flops_is_the_configs_or_the_tables():

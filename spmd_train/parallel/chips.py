@@ -29,8 +29,8 @@ class Chip:
         device_kinds: `jax.Device.device_kind` of it, exactly.
         flops: compute dtype to the highest dense matmul rate, FLOP/s, at JAX's default precision:
             float32 matmuls run in bfloat16 on TPUs and in TF32 on NVIDIA GPUs since Ampere
-            (https://docs.jax.dev/en/latest/201/precision.html). A dtype that the chip has no fast
-            matmul for is not in it.
+            (https://docs.jax.dev/en/latest/201/precision.html); `float8`: either 8-bit format. A
+            dtype that the chip has no fast matmul for, or of which no page tells, is not in it.
         hbm_bytes: nominal memory; the runtime keeps some of it for itself.
         hbm_bandwidth: bytes/s.
         source: where the numbers are from.
@@ -64,10 +64,14 @@ def _tpu(
     links: int,
     dcn: float | None,
     network_source: str = "",
+    int8: float | None = None,
+    float8: float | None = None,
 ) -> Chip:
+    eight_bit = {"int8": int8, "float8": float8}
     return Chip(
         device_kinds=device_kinds,
-        flops={"bfloat16": bfloat16, "float32": bfloat16},
+        flops={"bfloat16": bfloat16, "float32": bfloat16}
+        | {dtype: rate for dtype, rate in eight_bit.items() if rate},
         hbm_bytes=gib * _GIB,
         hbm_bandwidth=bandwidth,
         source=_TPU + source,
@@ -88,11 +92,15 @@ def _gpu(
     nvlink: float | None = None,
     dcn: float | None = None,
     network_source: str = "",
+    *,
+    float8: bool = True,
 ) -> Chip:
     # Data sheets since Ampere print rates with 2:4 sparsity; a dense matmul has half of them.
+    flops = {"bfloat16": sixteen_bit, "float16": sixteen_bit, "float32": tf32}
+    flops["int8"] = 2 * sixteen_bit
     return Chip(
         device_kinds=device_kinds,
-        flops={"bfloat16": sixteen_bit, "float16": sixteen_bit, "float32": tf32},
+        flops=flops | ({"float8": 2 * sixteen_bit} if float8 else {}),
         hbm_bytes=gigabytes * 10**9,
         hbm_bandwidth=bandwidth,
         source=source,
@@ -108,7 +116,7 @@ _DGX_H100 = (450e9, 50e9, _DGX.format("h100"))
 _DGX_B200 = (900e9, 50e9, _DGX.format("b200"))
 
 CHIPS: dict[str, Chip] = {
-    # Six links of 50 GB/s. Of v4's and TPU7x's way out of a slice no page tells.
+    # Six links of 50 GB/s. Of v4's way out of a slice no page tells.
     "v4": _tpu(
         ("TPU v4",),
         275e12,
@@ -119,22 +127,62 @@ CHIPS: dict[str, Chip] = {
         links=6,
         dcn=None,
         network_source="https://arxiv.org/abs/2304.01433",
+        int8=275e12,
     ),
-    # A pod of 256 has 6.4 (v5e) or 25.6 Tb/s (v6e) to the data centre.
+    # A pod of 256 has 6.4 Tb/s to the data centre. (The page's 800 GiB/s are its former 819 GB/s.)
     "v5e": _tpu(
-        ("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, "v5e", ici=200e9, links=4, dcn=3.125e9
+        ("TPU v5 lite", "TPU v5e"),
+        197e12,
+        16,
+        819e9,
+        "v5e",
+        ici=200e9,
+        links=4,
+        dcn=3.125e9,
+        int8=393e12,
     ),
-    "v5p": _tpu(("TPU v5p", "TPU v5"), 459e12, 95, 2765e9, "v5p", ici=600e9, links=6, dcn=6.25e9),
+    "v5p": _tpu(
+        ("TPU v5p", "TPU v5"),
+        459e12,
+        95,
+        2765e9,
+        "v5p",
+        ici=600e9,
+        links=6,
+        dcn=6.25e9,
+        float8=459e12,
+    ),
+    # To the data centre a chip has 100 Gb/s: of v6e's and TPU7x's the latter's page tells.
     "v6e": _tpu(
-        ("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, "v6e", ici=400e9, links=4, dcn=12.5e9
+        ("TPU v6 lite", "TPU v6e"),
+        918e12,
+        32,
+        1638e9,
+        "v6e",
+        ici=400e9,
+        links=4,
+        dcn=12.5e9,
+        network_source=_TPU + "tpu7x",
+        int8=1836e12,
+        float8=918e12,
     ),
-    # A chip has 2307 TFLOP/s, 192 GiB, 7380 GB/s and 600 GB/s of ICI each way; JAX shows each of
-    # its two halves as a device.
-    "v7x": _tpu(("TPU7x",), 1153.5e12, 96, 3690e9, "tpu7x", ici=300e9, links=6, dcn=None),
+    # A chip has 2307 TFLOP/s (4614 in float8), 192 GiB, 7380 GB/s, 600 GB/s of ICI each way and
+    # 100 Gb/s to the data centre; JAX shows each of its two halves as a device.
+    "v7x": _tpu(
+        ("TPU7x",),
+        1153.5e12,
+        96,
+        3690e9,
+        "tpu7x",
+        ici=300e9,
+        links=6,
+        dcn=6.25e9,
+        float8=2307e12,
+    ),
     "t4": Chip(
         # No bfloat16 and no TF32 in Turing's tensor cores.
         device_kinds=("Tesla T4", "NVIDIA T4"),
-        flops={"float16": 65e12, "float32": 8.1e12},
+        flops={"float16": 65e12, "float32": 8.1e12, "int8": 130e12},
         hbm_bytes=16 * 10**9,
         hbm_bandwidth=320e9,
         source=_NVIDIA + "tesla-t4/",
@@ -148,11 +196,21 @@ CHIPS: dict[str, Chip] = {
         1555e9,
         _AMPERE,
         *_DGX_A100,
+        float8=False,
     ),
     "a100-80gb": _gpu(
-        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312e12, 156e12, 80, 2039e9, _A100, *_DGX_A100
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
+        312e12,
+        156e12,
+        80,
+        2039e9,
+        _A100,
+        *_DGX_A100,
+        float8=False,
     ),
-    "a100-pcie-80gb": _gpu(("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80, 1935e9, _A100),
+    "a100-pcie-80gb": _gpu(
+        ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80, 1935e9, _A100, float8=False
+    ),
     "h100": _gpu(("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER, *_DGX_H100),
     "h100-pcie": _gpu(("NVIDIA H100 PCIe",), 756e12, 378e12, 80, 2000e9, _HOPPER),
     "h200": _gpu(("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/", *_DGX_H100),

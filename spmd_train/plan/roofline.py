@@ -11,6 +11,17 @@ from spmd_train.plan.hlo_cost import ProgramCost
 from spmd_train.plan.network import NetworkTime
 
 
+_DTYPES = {
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f32": "float32",
+    "s8": "int8",
+    "f8e4m3fn": "float8",
+    "f8e5m2": "float8",
+}
+"""HLO's element types of matmuls to the keys of `Chip.flops`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
     """Seconds per step; None: a rate is not known.
@@ -59,7 +70,7 @@ def roofline(
     if cost is None or chip is None or peak is None or network is None:
         unknown = dict.fromkeys(("compute", "hbm", "on_chip", "ici", "dcn", "bubble", "step"))
         return Roofline(bound="", **unknown)
-    rates = {"bf16": chip.flops.get("bfloat16", peak), "f32": chip.flops.get("float32", peak)}
+    rates = {hlo: chip.flops.get(name, peak) for hlo, name in _DTYPES.items()}
     compute = hbm = on_chip = 0.0
     for op in cost.operations:
         busy = op.flops / rates.get(op.dtype, peak)
