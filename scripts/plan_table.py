@@ -159,8 +159,8 @@ def section(lines, missing):
 machine without the hardware, at the commit that it names; its whole answer is in `docs/plans/`,
 and `python scripts/plan_table.py --no_compile` writes the table from there. Peak and temporary
 memory (of a device) and collectives are the compiler's; wire bytes are those of ring algorithms;
-step time and MFU are a roofline on data-sheet rates, the best that the program could do. The seconds
-of compiling depend on the machine: these were 2 cores that other work shared.
+step time and MFU are a roofline on data-sheet rates, the best that the program could do. The
+seconds of compiling depend on the machine: these were 2 cores that other work shared.
 
 {text}{told}
 """

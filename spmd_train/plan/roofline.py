@@ -10,7 +10,6 @@ from spmd_train.parallel.chips import Chip
 from spmd_train.plan.hlo_cost import ProgramCost
 from spmd_train.plan.network import NetworkTime
 
-
 _DTYPES = {
     "bf16": "bfloat16",
     "f16": "float16",
