@@ -87,8 +87,9 @@ def test_plan_compare_prints_one_program(capsys, tmp_path):
     "words, told",
     [
         (["--diff.mesh.fdsp=8"], "there is no such key; the nearest is mesh.fsdp"),
+        (["--diff.mesh.fdsp=8"], "--diff.mesh.fdsp=8): 1 problem in the config"),
         (["--diff.mesh.fsdp"], "write --diff.mesh.fsdp=VALUE"),
-        (["--dif.mesh.fsdp=8"], "no such flag: --dif.mesh.fsdp=8"),
+        (["--dif.mesh.fsdp=8"], "no such flag: --dif.mesh.fsdp=8; the nearest is --diff.mesh.fsdp"),
         (["--diff=nowhere.py"], "there is no such file"),
         (["--stage=linked"], "'linked' must be compiled or lowered"),
         ([*FSDP, "--stage=lowered"], "--diff compares what the compiler made"),

@@ -35,16 +35,22 @@ def split_overrides(
     return overrides, rest
 
 
-def unknown_argument(word: str, *, flags: Collection[str], prog: str) -> str:
+def unknown_argument(
+    word: str, *, flags: Collection[str], prefixes: Collection[str], prog: str
+) -> str:
     """What to say of an argument that a verb does not take.
 
     Args:
       word: the argument.
       flags: names of the verb's flags, without the dashes.
+      prefixes: what the verb takes before a config key's path: `config`, `diff`.
       prog: how the verb was called, as in `spmd-train train`.
     """
     if not word.startswith("-"):
         return f"unexpected argument {word!r}; see {prog} --help"
     name = word.partition("=")[0].lstrip("-").replace("-", "_")
-    known = [*flags, *(f"config.{path}" for path in paths_of(ExperimentConfig))]
+    paths = list(paths_of(ExperimentConfig))
+    known = [*flags, *(f"{prefix}.{path}" for prefix in prefixes for path in paths)]
+    if not known:
+        return f"no such flag: {word}; see {prog} --help"
     return f"no such flag: {word}; the nearest is --{nearest(name, known)}; see {prog} --help"

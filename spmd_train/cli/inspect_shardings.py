@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from spmd_train import experiment
 from spmd_train.cli.formats import format_bytes
 from spmd_train.cli.targets import devices_of
 from spmd_train.inspect.shardings import ShardingTable, as_json, sharding_table
+from spmd_train.observe.columns import columns
 from spmd_train.parallel.mesh import mesh_text
 from spmd_train.parallel.plan import LeafPlan
 
@@ -32,7 +33,7 @@ def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[s
     yield f"mesh: {mesh_text(mesh)}"
     yield ""
     heads = ("parameter", "shape", "dtype", "spec", "per device", "reason")
-    yield from _columns(heads, [_row(plan) for plan in table.params], right={4})
+    yield from columns([heads, *map(_row, table.params)], right=(4,))
     yield ""
     heads = ("optimizer state", "arrays", "dtype", "per device", "reason")
     groups = [
@@ -45,7 +46,7 @@ def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[s
         )
         for group in table.groups
     ]
-    yield from _columns(heads, groups, right={1, 3})
+    yield from columns([heads, *groups], right=(1, 3))
     yield ""
     totals = [
         (
@@ -56,7 +57,7 @@ def format_table(table: ShardingTable, *, mesh: Mapping[str, int]) -> Iterator[s
         )
         for name, total in table.totals.items()
     ]
-    yield from _columns(("total", "arrays", "global", "per device"), totals, right={1, 2, 3})
+    yield from columns([("total", "arrays", "global", "per device"), *totals], right=(1, 2, 3))
     yield ""
     yield f"{table.num_params:,} parameters"
 
@@ -69,16 +70,3 @@ def _row(plan: LeafPlan) -> tuple[str, ...]:
     )
     per_device = format_bytes(plan.bytes_per_device)
     return plan.path, f"[{shape}]", plan.dtype, f"({spec})", per_device, plan.reason
-
-
-def _columns(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]
-) -> Iterator[str]:
-    """Lines whose columns align; those in `right` to the right, the last one is free."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = (
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()

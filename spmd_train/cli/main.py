@@ -109,7 +109,8 @@ def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
         changes, unknown = split_overrides(unknown, prefix="--diff.")
     if unknown:
         flags = [flag.name for flag in verb.flags]
-        raise ConfigError(unknown_argument(unknown[0], flags=flags, prog=prog))
+        prefixes = ["config"] * verb.takes_config + ["diff"] * verb.takes_diff
+        raise ConfigError(unknown_argument(unknown[0], flags=flags, prefixes=prefixes, prog=prog))
     args.command = list(argv[end + 1 :])
     if bool(args.command) != verb.takes_command:
         told = (
@@ -133,9 +134,10 @@ def _read_command_line(argv: Sequence[str]) -> argparse.Namespace:
         if not path.exists():
             raise ConfigError(f"--workdir={args.workdir}: holds no run, for want of a config.json")
         args.config = str(path)
+    config = parse(load_config(args.config, overrides))
     if verb.takes_diff:
         _read_second_config(args, overrides, changes)
-    args.config = parse(load_config(args.config, overrides))
+    args.config = config
     return args
 
 
@@ -148,7 +150,11 @@ def _read_second_config(
     name = args.diff or args.config
     words = [f"{path}={text}" for path, text in changes]
     args.names = (args.config, " ".join([name, *words]))
-    args.diff = parse(load_config(name, [*overrides, *changes]))
+    try:
+        args.diff = parse(load_config(name, [*overrides, *changes]))
+    except ConfigError as error:
+        told = " ".join([f"--diff={name}", *(f"--diff.{word}" for word in words)])
+        raise ConfigError(f"the second program ({told}): {error}") from error
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,7 +3,7 @@
 from spmd_train.config.describing import Description, describe
 from spmd_train.config.errors import ConfigError
 from spmd_train.config.loading import default_config, load_config
-from spmd_train.config.parsing import parse, to_dict, to_json
+from spmd_train.config.parsing import parse, to_dict, to_json, with_values
 from spmd_train.config.schema import (
     DTYPES,
     MESH_AXES,
@@ -60,4 +60,5 @@ __all__ = [
     "parse",
     "to_dict",
     "to_json",
+    "with_values",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +53,19 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig:
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """The config as nested dicts of JSON's own types, in the schema's order."""
     return dataclasses.asdict(config)
+
+
+def with_values(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentConfig:
+    """The config with other values, by the whole paths of their keys, and checked again.
+
+    Raises:
+      ConfigError: as `parse`.
+    """
+    data = to_dict(config)
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        functools.reduce(operator.getitem, sections, data)[name] = value
+    return parse(data)
 
 
 def to_json(config: ExperimentConfig) -> str:

@@ -32,6 +32,7 @@ from typing import Any
 from spmd_train.inspect.call_tree import SEND_PAIRS, Site, async_chain, collective_sites
 from spmd_train.inspect.hlo import array_bytes, clean_op_name, parse_hlo
 from spmd_train.inspect.replica_groups import LogicalMesh
+from spmd_train.observe.columns import columns
 
 # Wire bytes of one execution as a multiple of bytes * (n - 1) / n; None: all bytes, whatever n.
 _RING_PASSES: Mapping[str, int | None] = {
@@ -177,15 +178,7 @@ def format_collectives(summary: Mapping[str, Any]) -> str:
                 " ".join([place, *(f"({mark})" for mark in marks)]),
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    right = range(3, 6)
-    text = [
-        "  ".join(
-            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
-            for i, cell in enumerate(line)
-        ).rstrip()
-        for line in lines
-    ]
+    text = list(columns(lines, right=(3, 4, 5)))
     for axes, num_bytes in sorted(summary["wire_bytes_by_axes"].items(), key=lambda item: -item[1]):
         text.append(f"{axes or 'one device'}: {num_bytes:,} wire bytes per device and step")
     text.append(f"all: {summary['wire_bytes']:,} wire bytes per device and step")

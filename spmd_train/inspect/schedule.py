@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from spmd_train.observe.columns import columns
 from spmd_train.parallel.plan import LeafPlan
 from spmd_train.parallel.rules import dims_of
 from spmd_train.parallel.schedule_table import RECOMPUTED, Cell, Schedule, Unit
@@ -42,12 +43,9 @@ def schedule_report(schedule: Schedule) -> dict[str, Any]:
 
 def format_grid(schedule: Schedule) -> Iterator[str]:
     """The grid: a line per tick, a column per device; `F3` is microbatch 3, `F3'` in chunk 1."""
-    cells = [[_text(cell) for cell in row] for row in schedule.grid]
-    heads = [f"stage {s}" for s in range(schedule.num_stages)]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    for name, row in (("tick", heads), *((str(t), row) for t, row in enumerate(cells))):
-        padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        yield f"{name:>4}  {'  '.join(padded)}".rstrip()
+    heads = ["tick", *(f"stage {s}" for s in range(schedule.num_stages))]
+    rows = [[str(tick), *map(_text, row)] for tick, row in enumerate(schedule.grid)]
+    yield from columns([heads, *rows], right=(0,))
 
 
 def _text(cell: Cell) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spmd_train.config import ModelConfig, MoEConfig, ObserveConfig
+from spmd_train.models.sizes import layer_matmul_parameters
 from spmd_train.parallel.chips import chip_of
 
 
@@ -12,18 +13,11 @@ def matmul_parameters(
 ) -> int:
     """Weights that a token is multiplied by: all kernels and the head, tied or not.
 
-    Of the experts, those that a token takes: `top_k` and the shared ones; and the router. Not
-    counted: the embedding and position tables (looked up), norm scales, biases.
+    Of the experts, those that a token takes. Not counted: the embedding and position tables
+    (looked up), norm scales, biases.
     """
-    head_dim = config.head_dim or config.embed_dim // config.num_heads
-    num_kv_heads = config.num_kv_heads or config.num_heads
-    attention = 2 * config.embed_dim * head_dim * (config.num_heads + num_kv_heads)
-    width, router = config.mlp_dim, 0
-    if moe.num_experts:
-        width = moe.top_k * moe.expert_width(config) + moe.shared_width(config)
-        router = config.embed_dim * moe.num_experts
-    mlp = {"swiglu": 3, "gelu": 2}[config.mlp] * config.embed_dim * width + router
-    return config.num_layers * (attention + mlp) + config.embed_dim * config.vocab_size
+    layers = config.num_layers * layer_matmul_parameters(config, moe)
+    return layers + config.embed_dim * config.vocab_size
 
 
 def model_flops_per_token(
@@ -49,8 +43,8 @@ def model_flops_per_token(
     Returns:
         FLOPs per token; a multiply and an add are two.
     """
-    head_dim = config.head_dim or config.embed_dim // config.num_heads
-    attention = 6 * config.num_layers * config.num_heads * head_dim * sequence_length
+    attention = 6 * config.num_layers * config.num_heads * config.resolved_head_dim
+    attention *= sequence_length
     return float(6 * matmul_parameters(config, moe) + attention)
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from spmd_train.config import ConfigError, ExperimentConfig
+from spmd_train.config import ConfigError, ExperimentConfig, with_values
 from spmd_train.plan.answer import Plan
 from spmd_train.plan.compiled import DoesNotFitError, compile_step
 from spmd_train.plan.sizes import state_bytes
@@ -15,7 +15,6 @@ from spmd_train.plan.sizes import state_bytes
 log = logging.getLogger(__name__)
 
 _MOST_TRIES = 3
-_REMAT = ("none", "dots", "projections", "full")
 
 
 def advise(
@@ -39,7 +38,7 @@ def advise(
     tries = 0
     for change in _changes(config, plan):
         try:
-            program = build(_changed(config, change)).program
+            program = build(with_values(config, change)).program
         except ConfigError:
             continue
         state = state_bytes(program.plans)
@@ -69,7 +68,7 @@ def advise(
 def _changes(config: ExperimentConfig, plan: Plan) -> Iterator[dict[str, Any]]:
     """Single changes first; what costs least speed before what costs more."""
     mesh = {axis: size for axis, size in plan.mesh.items() if size > 1}
-    remat = _REMAT[_REMAT.index(config.model.remat) + 1 :]
+    remat = {} if config.model.remat == "full" else {"model.remat": "full"}
     batch = config.train.global_batch_size
     accumulation = [
         n for n in (2, 4, 8, 16, 32) if n > config.train.grad_accumulation and batch % n == 0
@@ -82,16 +81,8 @@ def _changes(config: ExperimentConfig, plan: Plan) -> Iterator[dict[str, Any]]:
     if copies > 1 and not crosses and plan.state.parameters + plan.state.optimizer > half:
         yield fsdp
     if remat:
-        yield {"model.remat": remat[-1]}
+        yield remat
     if copies > 1 and not crosses:
         yield fsdp
     for n in accumulation:
-        yield {"train.grad_accumulation": n} | ({"model.remat": remat[-1]} if remat else {})
-
-
-def _changed(config: ExperimentConfig, change: Mapping[str, Any]) -> ExperimentConfig:
-    for path, value in change.items():
-        section, name = path.split(".")
-        part = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: part})
-    return config
+        yield {"train.grad_accumulation": n} | remat

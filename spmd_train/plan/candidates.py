@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spmd_train.config import MESH_AXES, ConfigError, ExperimentConfig, MeshConfig
+from spmd_train.config import MESH_AXES, ConfigError, ExperimentConfig, MeshConfig, with_values
 from spmd_train.config.schema import DcnMeshConfig
 from spmd_train.parallel.mesh import mesh_text
 from spmd_train.parallel.schedule_table import Schedule
@@ -120,21 +120,7 @@ class Candidate:
 
     def applied_to(self, config: ExperimentConfig) -> ExperimentConfig:
         """The config with this layout."""
-        pipeline = config.pipeline
-        if self.ticks:
-            pipeline = dataclasses.replace(
-                pipeline,
-                schedule=self.ticks.schedule,
-                num_microbatches=self.ticks.num_microbatches,
-                virtual_stages=self.ticks.num_chunks,
-            )
-        return dataclasses.replace(
-            config,
-            mesh=mesh_config(self.mesh, self.dcn),
-            model=dataclasses.replace(config.model, remat=self.remat),
-            train=dataclasses.replace(config.train, grad_accumulation=self.accumulation),
-            pipeline=pipeline,
-        )
+        return with_values(config, self.overrides)
 
 
 def mesh_config(mesh: Mapping[str, int], dcn: Mapping[str, int]) -> MeshConfig:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spmd_train.config import ExperimentConfig, describe
 from spmd_train.inspect.collectives import collective_summary
+from spmd_train.observe.columns import columns
 from spmd_train.parallel.mesh import mesh_text
 from spmd_train.plan.compiled import CompiledStep
 from spmd_train.plan.hlo_cost import program_cost
@@ -129,7 +130,7 @@ def format_comparison(told: Mapping[str, Any]) -> Iterator[str]:
         lines = [
             (row["key"], _value(row["first"]), _value(row["second"])) for row in told["config"]
         ]
-        yield from _columns([("config", "A", "B"), *lines], right=())
+        yield from columns([("config", "A", "B"), *lines])
     else:
         yield "the configs are the same"
     yield ""
@@ -137,13 +138,13 @@ def format_comparison(told: Mapping[str, Any]) -> Iterator[str]:
         (_MEASURES[name], _number(one), _number(other), _change(one, other))
         for name, (one, other) in told["totals"].items()
     ]
-    yield from _columns([("per device and step", "A", "B", "B to A"), *totals], right=(1, 2, 3))
+    yield from columns([("per device and step", "A", "B", "B to A"), *totals], right=(1, 2, 3))
     yield ""
     changed = [row for row in told["collectives"] if not row["same"]]
     same = [row for row in told["collectives"] if row["same"]]
     if changed:
         heads = ("collectives", "axes", "network", "count A", "B", "wire bytes A", "B", "where")
-        yield from _columns([heads, *map(_collective, changed)], right=(3, 4, 5, 6))
+        yield from columns([heads, *map(_collective, changed)], right=(3, 4, 5, 6))
     wire = sum(row["first"]["wire_bytes"] or 0 for row in same)
     yield f"collectives that are the same in both: {len(same)}, {wire:,} wire bytes"
 
@@ -174,13 +175,3 @@ def _change(one: float | None, other: float | None) -> str:
     if one == other:
         return "="
     return f"x {other / one:.3g}" if one else "new"
-
-
-def _columns(lines: Sequence[Sequence[str]], *, right: Sequence[int]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = (
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from spmd_train.observe.columns import columns
 from spmd_train.plan.answer import Plan
 from spmd_train.plan.candidates import Candidate
 from spmd_train.plan.estimate import Estimate
@@ -61,8 +62,7 @@ def format_search(result: SearchResult, *, target: Target) -> Iterator[str]:
         f"{result.num_considered:,} layouts considered by formulas, {result.num_too_large:,} of "
         "them too large; the best were compiled:"
     )
-    heads = ("layout", "peak", "step", "told by", "verdict")
-    lines: list[tuple[str, ...]] = [heads]
+    lines: list[tuple[str, ...]] = [("layout", "peak", "step", "told by", "verdict")]
     for row in result.rows:
         peak = row.plan.needed_bytes if row.plan else row.estimate.peak_bytes
         step = None if target.chip is None else row.seconds
@@ -75,10 +75,7 @@ def format_search(result: SearchResult, *, target: Target) -> Iterator[str]:
                 row.verdict,
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        yield "  ".join(cells).rstrip()
+    yield from columns(lines)
     if result.winner is None:
         yield "none of the compiled layouts fits: more devices, or a smaller batch"
         return

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spmd_train.config import LossConfig, ModelConfig, MoEConfig
+from spmd_train.models.sizes import layer_matmul_parameters
 from spmd_train.models.transformer import Transformer
 from spmd_train.nn.attention import Tokens
 from spmd_train.nn.dropout import DropoutKeys, dropout_keys
@@ -52,14 +53,10 @@ class LanguageModel:
     @property
     def head_layers(self) -> float:
         """The head's matmul, in those of a block; attention counts its causal half."""
-        c, k = self.model_config, self.model_config.resolved_head_dim
-        moe, width = self.moe_config, c.mlp_dim
-        if moe.num_experts:
-            width = moe.top_k * moe.expert_width(c) + moe.shared_width(c)
-        mlp = (3 if c.mlp == "swiglu" else 2) * width * c.embed_dim
-        projections = 2 * (c.num_heads + c.resolved_kv_heads) * k * c.embed_dim
-        attention = self.sequence_length * c.num_heads * k
-        return c.vocab_size * c.embed_dim / (mlp + projections + attention)
+        c = self.model_config
+        attention = self.sequence_length * c.num_heads * c.resolved_head_dim
+        layer = layer_matmul_parameters(c, self.moe_config) + attention
+        return c.vocab_size * c.embed_dim / layer
 
     def make_model(self, key: jax.Array) -> Transformer:
         """Builds the transformer."""
