@@ -105,6 +105,7 @@ def test_plan_json_is_the_contract(answer, tmp_path):
     assert run["kilowatt_hours"] == pytest.approx(0.5 * run["device_hours"])
     page = (tmp_path / "plan.html").read_text()
     assert page.startswith("<!doctype html>") and "Memory of a device" in page
+    assert "fsdp, ICI</span>" in page and f"MFU {predicted['mfu']:.1%}" in page.split("<h2>")[0]
     assert "http" not in page.split("<pre>")[0]
 
 

@@ -19,21 +19,30 @@ COLORS = (
     "#9a9a9a",
 )
 _STYLE = """
+:root{color-scheme:light dark;--ink:#1a1a1a;--page:#fff;--track:#f2f2f2;--grid:#e2e2e2;
+--bad:#a40000;--good:#1a6b1a}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e6e6;--page:#17191c;--track:#2b2e33;
+--grid:#3b3f45;--bad:#ff8078;--good:#7bd389}}
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
-color:#1a1a1a;background:#fff}
+color:var(--ink);background:var(--page)}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}
-.bar{display:flex;height:2rem;border:1px solid #888;background:#f2f2f2}
+.bar{display:flex;height:2rem;border:1px solid #888;background:var(--track)}
 .bar span{display:block;overflow:hidden;color:#fff;font-size:.75rem;padding:.3rem 0 0 .3rem;
-white-space:nowrap;box-sizing:border-box}
+white-space:nowrap;text-overflow:ellipsis;box-sizing:border-box}
+.bar span:empty{padding:0}
 table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .8rem .2rem 0;text-align:left}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.row{display:grid;grid-template-columns:9rem 1fr 8rem;gap:.6rem;align-items:center;margin:.2rem 0}
-.row div{background:#f2f2f2}.row i{display:block;height:1.1rem}
+.row{display:grid;grid-template-columns:minmax(6rem,13rem) 1fr 7rem;gap:.6rem;align-items:center;
+margin:.2rem 0;overflow-wrap:anywhere}
+.row div{background:var(--track)}.row i{display:block;height:1.1rem}
+.row .n{text-align:right;font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto}.wide svg{width:auto}
-pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.8rem}
-.no{color:#a40000;font-weight:600}.yes{color:#1a6b1a;font-weight:600}
+pre{overflow-x:auto;background:var(--track);padding:1rem;font-size:.8rem}
+.no{color:var(--bad);font-weight:600}.yes{color:var(--good);font-weight:600}
 svg{width:100%;height:auto;font:11px system-ui,sans-serif}
+.chart{fill:currentColor}.grid{stroke:var(--grid)}
 """
+_BAR_LETTERS = 140  # Of the labels' size, in a bar of the page's full width.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 900, 260, 64, 20, 24, 8
 _MOST_POINTS = 800
 
@@ -66,11 +75,28 @@ def stacked_bar(values: Mapping[str, float], *, whole: float, unit: str) -> Iter
         if not value:
             continue
         shown, digits = html.escape(name), 0 if value >= 100 else 2
+        share = value / (whole or 1)
+        label = shown if share * _BAR_LETTERS > len(name) + 1 else ""
         yield (
-            f"<span style='width:{100 * value / (whole or 1):.2f}%;background:{color}' "
-            f"title='{shown}: {value:,.{digits}f} {unit}'>{shown}</span>"
+            f"<span style='width:{100 * share:.2f}%;background:{color}' "
+            f"title='{shown}: {value:,.{digits}f} {unit}'>{label}</span>"
         )
     yield "</div>"
+
+
+def bars(values: Mapping[str, tuple[float, str]]) -> Iterator[str]:
+    """Bars below each other, the longest as wide as there is room.
+
+    Args:
+        values: name to size, and the size as people read it.
+    """
+    largest = max((size for size, _ in values.values()), default=0) or 1.0
+    for i, (name, (size, text)) in enumerate(values.items()):
+        yield (
+            f"<div class='row'><span>{html.escape(name)}</span><div><i style='width:"
+            f"{100 * size / largest:.2f}%;background:{COLORS[i % len(COLORS)]}'></i></div>"
+            f"<span class='n'>{html.escape(text)}</span></div>"
+        )
 
 
 def line_chart(
@@ -98,10 +124,10 @@ def line_chart(
     def at_y(y: float) -> float:
         return _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _BOTTOM - _TOP)
 
-    yield f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>"
+    yield f"<svg class='chart' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>"
     for y in _ticks(y_low, y_high):
         yield (
-            f"<path d='M{_LEFT} {at_y(y):.1f}H{_WIDTH - _RIGHT}' stroke='#e2e2e2'/>"
+            f"<path d='M{_LEFT} {at_y(y):.1f}H{_WIDTH - _RIGHT}' class='grid'/>"
             f"<text x='{_LEFT - 6}' y='{at_y(y) + 4:.1f}' text-anchor='end'>{_short(y)}</text>"
         )
     for x in _ticks(x_low, x_high):

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from spmd_train.inspect.collectives import collective_summary
 from spmd_train.inspect.schedule import schedule_svg
-from spmd_train.observe.html import COLORS, page, stacked_bar
+from spmd_train.observe.html import COLORS, bars, page, stacked_bar
+from spmd_train.parallel.mesh import mesh_text
 from spmd_train.plan.answer import Plan
 from spmd_train.plan.document import format_plan, gib
 
 
 def as_html(plan: Plan) -> str:
     """The page: memory, collectives by axis, roofline, a pipeline's schedule, the plan's text."""
-    title = f"Plan for {plan.target.text}"
     verdict = (
         '<span class="yes">fits</span>' if plan.fits else '<span class="no">does not fit</span>'
     )
     parts = [
-        f"<p>{plan.num_params:,} parameters on {plan.num_devices} devices: {verdict}, "
-        f"{gib(plan.needed_bytes)} of {gib(plan.usable_bytes)}.</p>",
+        f"<p>{plan.num_params:,} parameters on {plan.num_devices} devices, "
+        f"{html.escape(mesh_text(plan.mesh))}: {verdict}, {gib(plan.needed_bytes)} of "
+        f"{gib(plan.usable_bytes)}. {_told_speed(plan)}</p>",
         *_memory(plan),
         *_network(plan),
         *_roofline(plan),
         *_schedule(plan),
         "<h2>All of it</h2><pre>" + html.escape("\n".join(format_plan(plan))) + "</pre>",
     ]
-    return page(title, parts)
+    return page(f"Plan for {plan.target.text}", parts)
+
+
+def _told_speed(plan: Plan) -> str:
+    if plan.roofline.step is None or plan.tokens_per_second is None or plan.mfu is None:
+        return ""
+    return (
+        f"At best {_time(plan.roofline.step)} a step, {plan.tokens_per_second:,.0f} tokens/s, "
+        f"MFU {plan.mfu:.1%}."
+    )
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -48,18 +58,26 @@ def _memory(plan: Plan) -> Iterator[str]:
             f"<tr><td><span style='color:{color}'>&#9632;</span> {name}</td>"
             f"<td class='n'>{gib(size)}</td></tr>"
         )
-    yield "</table>"
+    free = max(plan.usable_bytes - plan.needed_bytes, 0)
+    yield f"<tr><td>&#9633; free</td><td class='n'>{gib(free)}</td></tr></table>"
 
 
 def _network(plan: Plan) -> Iterator[str]:
     if plan.step is None or not plan.step.collectives:
         return
-    by_axes: Mapping[str, int] = collective_summary(plan.step.collectives)["wire_bytes_by_axes"]
-    yield "<h2>Sent by a device in a step, by mesh axis</h2>"
-    large = max(by_axes.values()) >= 1e8
-    scale, unit = (1e9, "GB") if large else (1e6, "MB")
-    sizes = sorted(by_axes.items(), key=lambda item: -item[1])
-    yield from _bars({axes or "one device": size / scale for axes, size in sizes}, unit)
+    summary = collective_summary(plan.step.collectives)
+    sizes: dict[str, int] = {}
+    for row in summary["collectives"]:
+        name = f"{'+'.join(row['axes']) or 'one device'}, {row['network'].upper()}"
+        sizes[name] = sizes.get(name, 0) + (row["wire_bytes"] or 0)
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    yield "<h2>Sent by a device in a step, by mesh axis and network</h2>"
+    yield from bars({name: (size, _size(size)) for name, size in ordered})
+    if summary["conditional_wire_bytes"]:
+        yield (
+            f"<p>{_size(summary['conditional_wire_bytes'])} of it in branches, counted as if "
+            "every one were taken.</p>"
+        )
 
 
 def _roofline(plan: Plan) -> Iterator[str]:
@@ -67,11 +85,27 @@ def _roofline(plan: Plan) -> Iterator[str]:
     parts = {"matmuls": times.compute, "memory": times.hbm, "ICI": times.ici, "DCN": times.dcn}
     if times.bubble:
         parts["waits for stages"] = times.bubble
-    known = {name: 1000 * seconds for name, seconds in parts.items() if seconds is not None}
-    if not known:
-        return
-    yield "<h2>Roofline: the least time of a step, by what is busy</h2>"
-    yield from _bars(known | ({"step": 1000 * times.step} if times.step else {}), "ms")
+    parts["step"] = times.step
+    known = {name: (s, _time(s)) for name, s in parts.items() if s is not None}
+    if known:
+        yield "<h2>Roofline: the least time of a step, by what is busy</h2>"
+        yield from bars(known)
+        yield (
+            f"<p>Bound by {times.bound}. A step takes the longer of matmuls and memory of each "
+            "kernel, its waits, and what asynchronous collectives cannot hide in them.</p>"
+        )
+
+
+def _size(count: float) -> str:
+    """Bytes, in powers of ten as networks have them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def _schedule(plan: Plan) -> Iterator[str]:
@@ -81,16 +115,6 @@ def _schedule(plan: Plan) -> Iterator[str]:
     yield schedule_svg(plan.schedule)
     yield (
         "</div><p>F: a microbatch forward; B: backward, with the forward pass made again; W: "
-        "weight gradients; grey: the stage waits. A number is the microbatch, a ' the second "
-        "chunk.</p>"
+        "weight gradients; grey: the stage waits. A number is the microbatch; of chunks on one "
+        "device, the second has a '.</p>"
     )
-
-
-def _bars(values: Mapping[str, float], unit: str) -> Iterator[str]:
-    largest = max(values.values()) or 1.0
-    for i, (name, value) in enumerate(values.items()):
-        yield (
-            f"<div class='row'><span>{html.escape(name)}</span><div><i style='width:"
-            f"{100 * value / largest:.2f}%;background:{COLORS[i % len(COLORS)]}'></i></div>"
-            f"<span>{value:,.3f} {unit}</span></div>"
-        )
