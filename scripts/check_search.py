@@ -11,11 +11,9 @@ waiting (a pipeline's bubble) does not, and the search knows that.
 import argparse
 import pathlib
 import sys
-import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from made_up import Run
 from sections import write_section
 
 from spmd_train import experiment
@@ -55,7 +53,9 @@ def main():
     )
     ends = [("top", *pair) for pair in first_of_each(result.ranked, args.ends)]
     ends += [("bottom", *pair) for pair in first_of_each(result.ranked[::-1], args.ends)[::-1]]
-    runs = [Run(candidate.applied_to(parse(CONFIG))) for _, candidate, _ in ends]
+    configs = [candidate.applied_to(parse(CONFIG)) for _, candidate, _ in ends]
+    vocab_size = CONFIG["model"]["vocab_size"]
+    runs = [Run(experiment.build(c).program, vocab_size=vocab_size) for c in configs]
     for _ in range(args.steps):  # Each in turn: what else the machine does hits all alike.
         for run in runs:
             run.step()
@@ -76,38 +76,6 @@ def first_of_each(ranked, count):
         if len(chosen) < count:
             chosen.setdefault(candidate.key, (candidate, found))
     return list(chosen.values())
-
-
-class Run:
-    """A program with its state, and how long its steps have taken."""
-
-    def __init__(self, config):
-        program = experiment.build(config).program
-        self.state, self.batch = program.init(0), made_up(program.abstract_batch)
-        self.train_step = program.train_step
-        self.seconds = []
-        self.step()  # Compiles.
-        self.seconds.clear()
-
-    def step(self):
-        begin = time.perf_counter()
-        self.state, metrics = self.train_step(self.state, self.batch)
-        jax.block_until_ready((self.state, metrics))
-        self.seconds.append(time.perf_counter() - begin)
-
-
-def made_up(abstract):
-    rng = np.random.default_rng(0)
-    batch = {}
-    for name, spec in abstract.items():
-        if name in ("tokens", "targets"):
-            x = rng.integers(0, CONFIG["model"]["vocab_size"], spec.shape)
-        elif name == "positions":
-            x = np.broadcast_to(np.arange(spec.shape[1]), spec.shape)
-        else:
-            x = np.ones(spec.shape)
-        batch[name] = jax.device_put(jnp.asarray(x, spec.dtype), spec.sharding)
-    return batch
 
 
 def section(measured, *, kept, considered):

@@ -103,12 +103,14 @@ def line_chart(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
     marks: Sequence[float] = (),
+    logarithmic: bool = False,
 ) -> Iterator[str]:
     """Lines over a common axis; what is not finite is a gap.
 
     Args:
         series: name to (x, y), x rising.
         marks: where x has a dashed vertical line.
+        logarithmic: both axes are; all values are above 0.
     """
     drawn = {name: _thinned(points) for name, points in series.items() if points}
     flat = [point for points in drawn.values() for point in points if _drawable(point[1])]
@@ -118,19 +120,25 @@ def line_chart(
     x_low, x_high = _range([x for x, _ in flat])
     y_low, y_high = _range([y for _, y in flat])
 
+    def share(value: float, low: float, high: float) -> float:
+        if logarithmic:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        return (value - low) / (high - low)
+
     def at_x(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + share(x, x_low, x_high) * (_WIDTH - _LEFT - _RIGHT)
 
     def at_y(y: float) -> float:
-        return _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _BOTTOM - _TOP)
+        return _HEIGHT - _BOTTOM - share(y, y_low, y_high) * (_HEIGHT - _BOTTOM - _TOP)
 
     yield f"<svg class='chart' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>"
-    for y in _ticks(y_low, y_high):
+    ticks = _powers if logarithmic else _ticks
+    for y in ticks(y_low, y_high):
         yield (
             f"<path d='M{_LEFT} {at_y(y):.1f}H{_WIDTH - _RIGHT}' class='grid'/>"
             f"<text x='{_LEFT - 6}' y='{at_y(y) + 4:.1f}' text-anchor='end'>{_short(y)}</text>"
         )
-    for x in _ticks(x_low, x_high):
+    for x in ticks(x_low, x_high):
         yield (f"<text x='{at_x(x):.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{_short(x)}</text>")
     for x in marks:
         if x_low <= x <= x_high:
@@ -197,6 +205,13 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(power * n for n in (1, 2, 5, 10) if power * n >= raw)
     first = math.ceil(low / step)
     return [n * step for n in range(first, math.floor(high / step) + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """The powers of two in a range, some of them where there are many."""
+    first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
+    step = max(math.ceil((last - first) / 10), 1)
+    return [2.0**n for n in range(first, last + 1, step)]
 
 
 def _short(value: float) -> str:
