@@ -95,6 +95,7 @@ def row_name(config, target, overrides):
 def compile_row(path, config, target, overrides):
     words = [f"--config.{override}" for override in overrides]
     print(f"{path.name} ...", file=sys.stderr, flush=True)
+    made_at = commit()
     done = subprocess.run(
         [
             *(sys.executable, "-m", "spmd_train", "plan", f"--config={ROOT / 'configs' / config}"),
@@ -108,7 +109,7 @@ def compile_row(path, config, target, overrides):
         # A compiler's fault in one row must not keep the others from the table.
         print(f"{path.name}: exit code {done.returncode}", file=sys.stderr, flush=True)
         return
-    path.write_text(json.dumps(json.loads(done.stdout) | {"commit": commit()}, indent=1) + "\n")
+    path.write_text(json.dumps(json.loads(done.stdout) | {"commit": made_at}, indent=1) + "\n")
 
 
 def commit():

@@ -80,6 +80,22 @@ def test_plan_hlo_cost_names_kernels_that_do_not_tell():
     assert len(cost.unknown_kernels) == 1
 
 
+def test_plan_hlo_cost_of_a_kernel_that_tells_is_of_the_dtype_that_it_multiplies():
+    """As of a backward pass of attention: block numbers first, float32 sums in and out."""
+    text = """HloModule step, is_scheduled=true
+
+ENTRY %main (blocks: s32[1,16], q: bf16[8,128], sums: f32[8]) -> (f32[8], f32[8,128]) {
+  %blocks = s32[1,16]{1,0} parameter(0)
+  %q = bf16[8,128]{1,0} parameter(1)
+  %sums = f32[8]{0} parameter(2)
+  ROOT %kernel = (f32[8]{0}, f32[8,128]{1,0}) custom-call(%blocks, %sums, %q), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/flash/kernel_flops_4096/call"}
+}
+"""
+    cost = program_cost(text)
+    assert cost.flops_by("dtype") == {"bf16": 4096}
+
+
 def test_plan_hlo_cost_counts_bytes_read_and_written():
     text = text_of(lambda x, w: x @ w, (128, 256), (256, 64))
     assert program_cost(text).hbm_bytes == 4 * (128 * 256 + 256 * 64 + 128 * 64)

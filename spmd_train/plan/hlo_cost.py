@@ -23,6 +23,7 @@ from spmd_train.inspect.hlo import (
 from spmd_train.inspect.loops import trip_count
 from spmd_train.plan.dot_flops import instruction_flops, told_flops
 
+_DIGITS = re.compile(r"\d+")
 _ON_CHIP = re.compile(r"[a-z]\w*\[[^\]]*\]\{[^}]*S\(\d+\)[^}]*\}")
 _FREE = frozenset(
     (
@@ -203,10 +204,13 @@ class _Walk:
             self.unknown_kernels.append(instruction.name)
         if not flops:
             return 0.0, ""
-        first = computation.instructions[instruction.operands[0]]
-        # A kernel's first operands may be about its blocks; what it returns is what it computes.
-        known = first if told_flops(instruction.op_name) is None else instruction
-        return flops, array_bytes(known.shape)[0][0]
+        shapes = [computation.instructions[name].shape for name in instruction.operands]
+        dtypes = [dtype for shape in shapes for dtype, _ in array_bytes(shape)]
+        if told_flops(instruction.op_name) is None:
+            return flops, dtypes[0]
+        # A kernel also takes block numbers and float32 sums: it multiplies the narrowest floats.
+        floats = [dtype for dtype in dtypes if dtype.startswith(("f", "bf"))]
+        return flops, min(floats, key=lambda dtype: int(_DIGITS.findall(dtype)[0]))
 
     def _bytes(self, instruction: Instruction, computation: Computation) -> int:
         operands = [computation.instructions[name] for name in instruction.operands]
