@@ -40,15 +40,15 @@ BASE = {
 POD = {"model.embed_dim": 1024, "model.mlp_dim": 2816, "train.global_batch_size": 1024}
 # Name, heading, config key or empty for the devices, fixed keys, targets or values.
 SWEEPS = (
-    ("layers", "layers", "model.num_layers", {}, (4, 8, 16, 32, 64, 96)),
-    ("vocabulary", "vocabulary", "model.vocab_size", {}, (1024, 4096, 16384, 65536, 262144)),
-    ("sequence", "tokens of a sequence", "data.sequence_length", {}, (128, 256, 512, 1024, 2048)),
+    ("layers", "layers", "model.num_layers", {}, (4, 16, 48, 96)),
+    ("vocabulary", "vocabulary", "model.vocab_size", {}, (1024, 8192, 65536, 262144)),
+    ("sequence", "tokens of a sequence", "data.sequence_length", {}, (128, 512, 1024, 2048)),
     (
         "devices",
         "simulated CPU devices",
         "",
         {"train.global_batch_size": 64},
-        ("cpu:1", "cpu:2", "cpu:4", "cpu:8", "cpu:16", "cpu:32", "cpu:64"),
+        ("cpu:1", "cpu:4", "cpu:16", "cpu:64"),
     ),
     (
         "chips",
