@@ -254,6 +254,12 @@ def test_plan_search_recommends_what_compiles_and_fits(monkeypatch):
     assert {a: n for a, n in program.mesh.shape.items() if n > 1} == winner
 
 
+def test_plan_search_refuses_what_it_would_overwrite(capsys):
+    words = ("--config.model.remat=names", "--config.model.remat_saved=query", "--search")
+    assert main(["plan", TINY, "--target=cpu:8", *words]) == 2
+    assert "it chooses among none, projections, dots, full itself" in capsys.readouterr().err
+
+
 def test_plan_search_does_not_compile_what_cannot_fit(monkeypatch):
     monkeypatch.setattr(
         search_module, "compile_step", lambda *args, **kwargs: pytest.fail("compiled")

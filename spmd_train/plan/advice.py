@@ -69,6 +69,8 @@ def _changes(config: ExperimentConfig, plan: Plan) -> Iterator[dict[str, Any]]:
     """Single changes first; what costs least speed before what costs more."""
     mesh = {axis: size for axis, size in plan.mesh.items() if size > 1}
     remat = {} if config.model.remat == "full" else {"model.remat": "full"}
+    if config.model.remat == "names":
+        remat |= {"model.remat_saved": "", "model.remat_offloaded": ""}
     batch = config.train.global_batch_size
     accumulation = [
         n for n in (2, 4, 8, 16, 32) if n > config.train.grad_accumulation and batch % n == 0

@@ -64,6 +64,11 @@ def search(
             f"--search: the rates of {target.text} in {dtype} are not known; set plan.chip.flops "
             "and plan.chip.ici_bandwidth"
         )
+    if config.model.remat == "names":
+        raise ConfigError(
+            f"--search: model.remat = names: it chooses among {', '.join(REMAT)} itself; set it to "
+            "one of them, and model.remat_saved and model.remat_offloaded to nothing"
+        )
     _, usable = memory_of(config.plan, target)
     program, traces = _traces(config, platform=target.platform, devices=devices, build=build)
     ranked, too_large = [], 0
