@@ -219,6 +219,13 @@ class ModelConfig:
     init_scale: float = key(0.02, "standard deviation of the initial weights", above=0)
     param_dtype: str = key("float32", "dtype in which parameters are kept", choices=DTYPES)
     compute_dtype: str = key("float32", "dtype of activations and matmuls", choices=DTYPES)
+    quantization: str = key(
+        "none",
+        "projections multiply in 8 bits, forwards and for the gradients of their inputs (extra: "
+        "quantization): int8, or fp8 (E4M3; gradients E5M2); gradients of kernels, attention "
+        "scores, routed experts and logits stay in compute_dtype or float32",
+        choices=("none", "int8", "fp8"),
+    )
 
     @property
     def resolved_kv_heads(self) -> int:
