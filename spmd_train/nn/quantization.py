@@ -96,6 +96,4 @@ def dots_of(quantization: str) -> Dots:
         ) from error
     forward, gradient = _DTYPES[quantization]
     dot: Callable[..., Any] = functools.partial(_quantized_dot, qwix=qwix, b_dtype=forward)
-    return Dots(
-        functools.partial(dot, a_dtype=forward), functools.partial(dot, a_dtype=gradient)
-    )
+    return Dots(functools.partial(dot, a_dtype=forward), functools.partial(dot, a_dtype=gradient))
