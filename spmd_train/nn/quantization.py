@@ -52,11 +52,14 @@ def _quantized_dot(
     qwix: Any,
     a_dtype: Any,
     b_dtype: Any,
+    calibration: str,
 ) -> jax.Array:
     def quantize(x: jax.Array, contracted: Sequence[int], dtype: Any) -> Any:
         kept = [dim for dim in range(x.ndim) if dim not in contracted]
         # Scales in float32: in bfloat16 they, and what they divide, would be rounded once more.
-        return qwix.quantize(x.astype(jnp.float32), dtype, channelwise_axes=kept)
+        return qwix.quantize(
+            x.astype(jnp.float32), dtype, channelwise_axes=kept, calibration_method=calibration
+        )
 
     return qwix.dot_general(
         quantize(a, dims[0], a_dtype),
@@ -66,11 +69,19 @@ def _quantized_dot(
     )
 
 
-_DTYPES: dict[str, tuple[Any, Any]] = {
-    "int8": (jnp.int8, jnp.int8),
-    "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
+class _Format(NamedTuple):
+    """Dtype of inputs and kernels, that of gradients, and how qwix finds a scale."""
+
+    forward: Any
+    gradient: Any
+    calibration: str
+
+
+_FORMATS = {
+    # By itself qwix takes the largest magnitude to 127.5, where float noise decides how it rounds.
+    "int8": _Format(jnp.int8, jnp.int8, f"absmax,{127.5 / 127}"),
+    "fp8": _Format(jnp.float8_e4m3fn, jnp.float8_e5m2, "absmax"),
 }
-"""Dtype of inputs and kernels, and that of gradients."""
 
 
 @functools.cache
@@ -78,7 +89,7 @@ def dots_of(quantization: str) -> Dots:
     """How projections multiply under `model.quantization`.
 
     - none: in the dtype of the operands, accumulating in float32.
-    - int8: symmetric, by the largest magnitude; accumulates in int32.
+    - int8: symmetric, the largest magnitude is 127; accumulates in int32.
     - fp8: E4M3 forward, E5M2 for gradients (Micikevicius et al., arXiv:2209.05433), scaled so that
       the largest magnitude is the format's; accumulates as the platform does.
 
@@ -94,6 +105,10 @@ def dots_of(quantization: str) -> Dots:
             f"model.quantization = {quantization!r} needs the package qwix: "
             "pip install 'spmd-train[quantization]', or set it to none"
         ) from error
-    forward, gradient = _DTYPES[quantization]
-    dot: Callable[..., Any] = functools.partial(_quantized_dot, qwix=qwix, b_dtype=forward)
-    return Dots(functools.partial(dot, a_dtype=forward), functools.partial(dot, a_dtype=gradient))
+    form = _FORMATS[quantization]
+    dot: Callable[..., Any] = functools.partial(
+        _quantized_dot, qwix=qwix, b_dtype=form.forward, calibration=form.calibration
+    )
+    return Dots(
+        functools.partial(dot, a_dtype=form.forward), functools.partial(dot, a_dtype=form.gradient)
+    )
