@@ -83,7 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=pathlib.Path, help="page whose table is written anew")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/precision"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     results = {}
     for name, words in RUNS.items():

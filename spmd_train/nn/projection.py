@@ -115,9 +115,14 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
         quantization: str = "none",
     ) -> None:
-        """Makes the kernel [*in_shape, *out_shape] and, if asked, the bias [*out_shape]."""
+        """Makes the kernel [*in_shape, *out_shape] and, if asked, the bias [*out_shape].
+
+        Raises:
+            ConfigError: what `quantization` needs is not installed.
+        """
         self.num_contracted = len(in_shape)
         self.quantization = quantization
+        dots_of(quantization)  # Refuses here, before anything is trained or written.
         self.kernel = param(rngs, (*in_shape, *out_shape), axes, init=init, dtype=dtype)
         out_axes = axes[len(in_shape) :]
         # A bias on the residual stream is a vector like a norm's scale: not worth sharding.
