@@ -52,18 +52,20 @@ def one_device():
 
 CASES = {
     "int8-data4-x2": ("int8", {"data": 4}, {"grad_accumulation": 2}),
-    "int8-fsdp2-tensor2": ("int8", {"fsdp": 2, "tensor": 2}, {}),
-    "int8-context2-remat": ("int8", {"context": 2, "data": 2}, {"remat": "dots"}),
-    "fp8-fsdp2-tensor2-remat": ("fp8", {"fsdp": 2, "tensor": 2}, {"remat": "projections"}),
-    "int8-pipeline2-tensor2": (
-        "int8",
-        {"pipeline": 2, "tensor": 2},
-        {"pipeline": PipelineConfig(schedule="1f1b", num_microbatches=4)},
-    ),
+    "int8-fsdp2-tensor2-remat": ("int8", {"fsdp": 2, "tensor": 2}, {"remat": "projections"}),
     "int8-zero_bubble2": (
         "int8",
         {"pipeline": 2},
         {"pipeline": PipelineConfig(schedule="zero_bubble", num_microbatches=4)},
+    ),
+}
+SLOW_CASES = {
+    "int8-context2-remat": ("int8", {"context": 2, "data": 2}, {"remat": "dots"}),
+    "fp8-fsdp2-tensor2": ("fp8", {"fsdp": 2, "tensor": 2}, {}),
+    "int8-pipeline2-tensor2": (
+        "int8",
+        {"pipeline": 2, "tensor": 2},
+        {"pipeline": PipelineConfig(schedule="1f1b", num_microbatches=4)},
     ),
 }
 # Where float noise meets the edge between two roundings, a number becomes the next one. Of an
@@ -75,7 +77,16 @@ TOLERANCE = 5e-3
 @pytest.mark.parametrize("case", CASES)
 def test_precision_gradients_on_a_mesh_are_those_of_one_device(case, one_device):
     """Far nearer to them than quantization is to what it stands for."""
-    name, sizes, changes = CASES[case]
+    check_gradients(*CASES[case], one_device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW_CASES)
+def test_precision_gradients_on_more_meshes_are_those_of_one_device(case, one_device):
+    check_gradients(*SLOW_CASES[case], one_device)
+
+
+def check_gradients(name, sizes, changes, one_device):
     changes = dict(changes)
     model = dataclasses.replace(of(name), remat=changes.pop("remat", "none"))
     (loss, grads), (exact_loss, exact) = one_device(name), one_device("none")
