@@ -55,8 +55,8 @@ and P_norms. A: bytes of the residual stream of a device's tokens. L: layers. M:
 bytes of a device's keys and values, dK of their gradients, Q and O of its queries and outputs, ids
 of its segments and positions. An exchange of dropless experts beyond the first is not counted.
 
-Under fsdp, the vectors of a device's tokens travel and not the embedding table, where the tokens are
-fewer than its rows; else P_embedding is gathered, and its gradient reduce-scattered, as the head's.
+Under fsdp, the vectors of a device's tokens travel and not the embedding table, where the tokens
+are fewer than its rows; else P_embedding is gathered, and its gradient reduce-scattered.
 """
 
 
