@@ -236,6 +236,8 @@ class Transformer(nnx.Module):
             of what the kernels' gradients are made, stacked (None without taps).
         """
         config = self.config
+        # Else the lookup of learned positions decides how they lie, and masks send them around.
+        tokens = Tokens(*(constrain(x, ("batch", "sequence")) for x in tokens))
         graphdef, stacked = nnx.split(self.blocks)
         dtype = jnp.dtype(config.compute_dtype)
         if layers is None:

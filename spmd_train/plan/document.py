@@ -53,6 +53,7 @@ def _details(plan: Plan, summary: Mapping[str, Any] | None) -> dict[str, Any]:
         "usable_bytes": plan.usable_bytes,
         "state": dataclasses.asdict(plan.state),
         "host_temp_bytes": plan.step.memory["host_temp_bytes"] if plan.step else None,
+        "compiler_peak_bytes": plan.step.memory["compiler_peak_bytes"] if plan.step else None,
         "largest_temporaries": [dataclasses.asdict(array) for array in plan.live[:10]],
         "wire_bytes_by_axes": summary["wire_bytes_by_axes"] if summary else None,
         "async_wire_bytes": summary["async_wire_bytes"] if summary else None,
