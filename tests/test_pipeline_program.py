@@ -104,8 +104,9 @@ def test_pipeline_refuses_layers_that_are_no_runs_of_them():
     match = r"sharding.rules.layers, or the override of blocks/.*: .* over fsdp\+pipeline.* first"
     with pytest.raises(ConfigError, match=match):
         program({"pipeline": 2, "fsdp": 2}, rules=rules)
-    with pytest.raises(ConfigError, match=r"rules.layers.* over tensor, .* set it to none"):
-        program({"pipeline": 2, "tensor": 2}, rules={"layers": "tensor"})
+    rules = {"layers": "data"}
+    with pytest.raises(ConfigError, match=r"rules.layers.* over data, .* set it to none"):
+        program({"pipeline": 2, "data": 2}, rules=rules)
 
 
 def test_pipeline_cures_are_those_that_help():

@@ -203,10 +203,16 @@ class ModelConfig:
     sliding_window: int = key(
         0, "a token sees only so many tokens, itself and those before it; 0: all", at_least=0
     )
+    attention: str = key(
+        "auto",
+        "how it is computed: by the platform's kernel (flash), in plain JAX by blocks of queries "
+        "(blocks), or flash where there is a kernel that takes the shapes (auto)",
+        choices=("auto", "flash", "blocks"),
+    )
     remat: str = key(
         "none",
-        "what the backward pass recomputes: none, everything in a block (full), all but matmul "
-        "outputs (dots), all but projections' outputs (projections)",
+        "what the backward pass recomputes: none, everything in a block (full), all but outputs "
+        "of matmuls and attention kernels (dots), or of projections and those (projections)",
         choices=("none", "full", "dots", "projections"),
     )
     scan_unroll: int = key(1, "layers per iteration of the layer scan", at_least=1)

@@ -38,7 +38,8 @@ _CALLEES = (
 _NAMED_CALLS = ("jit", "pjit")
 _PLUMBING = re.compile(
     r"while|body|cond|scan|closed_call|core_call|eval_jaxpr|shard_map|pjit|checkpoint|remat2?|"
-    r"rematted_computation|custom_[jv]+p_call(_jaxpr)?|branch_\d+_fun"
+    r"rematted_computation|custom_[jv]+p_call(_jaxpr)?|branch_\d+_fun|kernel_flops_\d+|"
+    r"sequential_vmap|custom_vmap_call"
 )
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 

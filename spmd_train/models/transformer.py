@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spmd_train.config import ModelConfig, MoEConfig
+from spmd_train.nn import flash
 from spmd_train.nn.attention import Attention, LayerCache, Tokens
 from spmd_train.nn.dropout import DropoutKeys
 from spmd_train.nn.embeddings import Embedding, rope_angles
@@ -29,8 +30,11 @@ from spmd_train.parallel.stages import Layers
 
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "projections": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable,
+        jax.checkpoint_policies.save_only_these_names(flash.SAVED_NAME),
+    ),
+    "projections": jax.checkpoint_policies.save_only_these_names(SAVED_NAME, flash.SAVED_NAME),
 }
 
 

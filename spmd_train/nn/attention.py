@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 
 from spmd_train.config import ModelConfig
 from spmd_train.nn.embeddings import apply_rope
+from spmd_train.nn.flash import flash_attend, flash_fits
 from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import Projection
@@ -36,10 +37,12 @@ def attend(
     in_order: bool,
     softcap: float = 0.0,
     window: int = 0,
+    method: str = "auto",
 ) -> jax.Array:
     """Causal grouped-query attention within segments; scores and softmax in float32.
 
-    Where the layout splits sequences over devices, so is this (`parallel.context`).
+    Where the layout splits sequences over devices, so is this (`parallel.context`); else, of tokens
+    in order, the platform's kernel does it (`nn.flash`), if it has one; else blocks of queries.
 
     Args:
         q_BTHK: queries [B, T, H, K].
@@ -52,14 +55,21 @@ def attend(
             right of a query, nor left of its window, can be visible, and is not computed.
         softcap: scores become `softcap * tanh(scores / softcap)`; 0: off.
         window: a key is visible if it is less than so many positions before; 0: off.
+        method: `model.attention`.
 
     Returns:
         [B, T, H, K] in the dtype of `q_BTHK`.
+
+    Raises:
+        ConfigError: `method` is flash, and there is no kernel for it.
     """
     chex.assert_equal_shape([k_BSGK, v_BSGK])
+    scoring: dict[str, Any] = {"softcap": softcap, "window": window}
     if in_order and split_axes():
-        return attend_split(q_BTHK, k_BSGK, v_BSGK, tokens=queries, softcap=softcap, window=window)
+        return attend_split(q_BTHK, k_BSGK, v_BSGK, tokens=queries, **scoring)
     length = q_BTHK.shape[1]
+    if in_order and method != "blocks" and flash_fits(length, needed=method == "flash", **scoring):
+        return flash_attend(q_BTHK, k_BSGK, v_BSGK, segments_BT=queries.segment_ids, **scoring)
     size = QUERY_BLOCK[current_platform()]
     if not in_order or length <= size or length % size:
         return _attend_block(q_BTHK, k_BSGK, v_BSGK, queries, keys, softcap, window)
@@ -123,7 +133,11 @@ class Attention(nnx.Module):
         kv_axes = ("embed", "kv_heads", "head_dim")
         common = {"dtype": config.param_dtype, "rngs": rngs}
         inner = {"use_bias": config.attention_bias, "init": normal(config.init_scale), **common}
-        self.scoring = {"softcap": config.attention_softcap, "window": config.sliding_window}
+        self.scoring = {
+            "softcap": config.attention_softcap,
+            "window": config.sliding_window,
+            "method": config.attention,
+        }
         self.query = Projection(d, h, ("embed", "heads", "head_dim"), **inner)
         self.key = Projection(d, g, kv_axes, **inner)
         self.value = Projection(d, g, kv_axes, **inner)

@@ -31,14 +31,30 @@ Tree = Any
 
 
 def by_hand_over(
-    f: Callable[..., Any], layout: Layout, axes: Collection[str], in_specs: Any, out_specs: Any
+    f: Callable[..., Any],
+    layout: Layout,
+    axes: Collection[str],
+    in_specs: Any,
+    out_specs: Any,
+    *,
+    check: bool = True,
 ) -> Callable[..., Any]:
-    """`f` on each device's shards over `axes`; the other axes stay with XLA."""
+    """`f` on each device's shards over `axes`; the other axes stay with XLA.
+
+    `check`: JAX proves what is the same on several devices, which a kernel does not tell it.
+    """
     if not axes:
         return f
     # Inside another shard_map the mesh is the context's, which knows what is manual already.
     mesh = None if manual_axes() else layout.mesh
-    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
+    return jax.shard_map(
+        f,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(axes),
+        check_vma=check,
+    )
 
 
 def opaque(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from spmd_train.inspect.hlo import Computation, Instruction
 _DIMS = re.compile(r"[a-z]\w*\[([\d,<= ]*)\]")
 _WINDOW = re.compile(r"(\w+)=([\d_x\-]+)")
 _GEMM = re.compile(r"__cublas\$(?:lt\$)?(?:matmul|gemm)")
+_TOLD = re.compile(r"\bkernel_flops_(\d+)")
 _COST = re.compile(r'\\?"cost_estimate\\?":\s*(\{[^}]*\})')
 
 
@@ -56,12 +57,22 @@ def _custom_call(instruction: Instruction, computation: Computation) -> float | 
         lhs = _operand_dims(instruction, computation, 0)
         contracted = [int(d) for d in re.findall(r"\d+", numbers[1])]
         return 2.0 * math.prod(dims_of(instruction.shape)) * math.prod(lhs[i] for i in contracted)
-    if target == "tpu_custom_call" or target.startswith("__cudnn"):
-        # What a Pallas kernel's author has told of it.
-        cost = _COST.search(config)
-        flops = json.loads(cost[1].replace("\\", "")).get("flops") if cost else None
-        return float(flops) if flops else None
+    if target == "tpu_custom_call" or target.startswith(("__cudnn", "__gpu$xla.gpu.triton")):
+        return told_flops(instruction.op_name) or _cost_estimate(config)
     return 0.0
+
+
+def told_flops(scope: str) -> float | None:
+    """FLOPs of a kernel whose caller has told them by `nn.flash.kernel_flops`."""
+    match = _TOLD.search(scope)
+    return float(match[1]) if match else None
+
+
+def _cost_estimate(config: str) -> float | None:
+    """What a Pallas kernel's author has told of it."""
+    cost = _COST.search(config)
+    flops = json.loads(cost[1].replace("\\", "")).get("flops") if cost else None
+    return float(flops) if flops else None
 
 
 def _convolution(instruction: Instruction, computation: Computation) -> float:

@@ -21,7 +21,7 @@ from spmd_train.inspect.hlo import (
     parse_hlo,
 )
 from spmd_train.inspect.loops import trip_count
-from spmd_train.plan.dot_flops import instruction_flops
+from spmd_train.plan.dot_flops import instruction_flops, told_flops
 
 _ON_CHIP = re.compile(r"[a-z]\w*\[[^\]]*\]\{[^}]*S\(\d+\)[^}]*\}")
 _FREE = frozenset(
@@ -203,8 +203,10 @@ class _Walk:
             self.unknown_kernels.append(instruction.name)
         if not flops:
             return 0.0, ""
-        operand = computation.instructions[instruction.operands[0]]
-        return flops, array_bytes(operand.shape)[0][0]
+        first = computation.instructions[instruction.operands[0]]
+        # A kernel's first operands may be about its blocks; what it returns is what it computes.
+        known = first if told_flops(instruction.op_name) is None else instruction
+        return flops, array_bytes(known.shape)[0][0]
 
     def _bytes(self, instruction: Instruction, computation: Computation) -> int:
         operands = [computation.instructions[name] for name in instruction.operands]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from spmd_train.plan.dot_flops import told_flops
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceCost:
@@ -67,7 +69,7 @@ def _flops(jaxpr: Any, *, dense: bool) -> float:
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * per_output
         elif name == "pallas_call":
             cost = eqn.params.get("cost_estimate")
-            total += float(cost.flops) if cost is not None else 0.0
+            total += told_flops(str(eqn.source_info.name_stack)) or (cost.flops if cost else 0.0)
         else:
             inner = [_flops(sub, dense=dense) for sub in _subjaxprs(eqn)]
             if inner:
