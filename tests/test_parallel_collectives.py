@@ -8,18 +8,27 @@ gate and up) before it sums them over tensor, as the TPU compiler does.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
+import jax
+import numpy as np
 import pytest
 from helpers import (
     LENGTH,
+    LOSS_TOLERANCE,
     MODEL,
+    PARAMS_TOLERANCE,
     SEQUENCE_SHARDED,
     TRAIN,
     compile_step,
+    largest_difference,
     param_shapes,
     program_of,
+    put_state,
+    random_batch,
+    run_steps,
 )
 
 from spmd_train.config import ShardingConfig
@@ -54,10 +63,16 @@ def predicted(sizes: Mapping[str, int], *, accumulation: int, sequence: bool) ->
     payload: Counter[tuple[str, tuple[str, ...]]] = Counter()
     if fsdp > 1:
         # Each layer's matrices for its forward and its backward pass; the others once.
-        gathered = accumulation * 2 * blocks + embedding + head
-        payload["all-gather", ("fsdp",)] = gathered / tensor
+        payload["all-gather", ("fsdp",)] = (accumulation * 2 * blocks + head) / tensor
         payload["all-reduce", ("fsdp",)] = accumulation * (blocks + head) / tensor
-        payload["reduce-scatter", ("fsdp",)] = accumulation * embedding / tensor
+        own = TOKENS / (accumulation * data * fsdp)
+        if own * tensor <= MODEL.vocab_size:
+            # Fewer tokens than rows: their ids, and their vectors and gradients instead.
+            payload["all-gather", ("fsdp",)] += accumulation * own * fsdp * 4
+            payload["all-to-all", ("fsdp",)] = accumulation * 2 * own * MODEL.embed_dim * FLOAT
+        else:
+            payload["all-gather", ("fsdp",)] += embedding / tensor
+            payload["reduce-scatter", ("fsdp",)] = accumulation * embedding / tensor
     if data > 1:
         # Once per step, and only the shards that a device keeps.
         payload["all-reduce", ("data",)] = (blocks + embedding + head) / (fsdp * tensor)
@@ -137,3 +152,28 @@ def test_collectives_of_data_parallelism_do_not_grow_with_accumulation() -> None
         }
         reduced = sum(c.bytes_each for c in found)
         assert 0 <= reduced - (blocks + embedding + head + norms) <= 128
+
+
+@pytest.mark.parametrize(("mesh", "devices"), [({"fsdp": 4}, 4), ({"fsdp": 2, "tensor": 2}, 2)])
+def test_collectives_send_vectors_of_few_tokens_and_not_the_table(mesh, devices) -> None:
+    model = dataclasses.replace(MODEL, vocab_size=1024)
+    batches = [random_batch(seed=seed, size=8, vocab_size=1024) for seed in range(3)]
+    single = program_of({}, model=model, global_batch_size=8)
+    first = jax.device_get(single.init(0))
+    expected, last = run_steps(single, batches, state=put_state(single, first))
+    program = program_of(mesh, model=model, global_batch_size=8)
+    step, _ = compile_step(program)
+    losses, state = run_steps(program, batches, state=put_state(program, first), step=step)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=LOSS_TOLERANCE)
+    assert largest_difference(state.params, last.params)[0] < PARAMS_TOLERANCE
+
+    sent: Counter[str] = Counter()
+    for c in count_collectives(step.as_text(), axis_sizes=program.mesh.shape):
+        if c.axes == ("fsdp",) and c.scope.endswith("/embed"):
+            sent[c.op] += c.bytes or 0
+    own = 8 * LENGTH // devices
+    # Everyone's ids; the vectors of a device's own tokens, there and their gradients back.
+    assert sent == {
+        "all-gather": 4 * 8 * LENGTH,
+        "all-to-all": 2 * FLOAT * own * MODEL.embed_dim,
+    }

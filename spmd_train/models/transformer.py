@@ -186,9 +186,9 @@ class Transformer(nnx.Module):
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         with jax.named_scope("embed"):
-            x_BTD = _ready(self.embedding, "embedding", dtype)(ids_BT)
+            x_BTD = self.embedding(ids_BT, path="embedding", dtype=dtype)
             if self.positions is not None:
-                x_BTD += _ready(self.positions, "positions", dtype)(tokens.positions)
+                x_BTD += self.positions(tokens.positions, path="positions", dtype=dtype)
             x_BTD = constrain(x_BTD, RESIDUAL)
             return x_BTD if dropout is None else dropout.fold_in(config.num_layers).drop(x_BTD)
 

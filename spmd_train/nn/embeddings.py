@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from flax import nnx
 from spmd_train.config import RopeConfig
 from spmd_train.nn.cpu import computed_once
 from spmd_train.nn.params import normal, param
-from spmd_train.parallel.manual import take_rows
+from spmd_train.parallel.manual import columns_to_keep, take_rows
+from spmd_train.parallel.rules import unshard
 
 
 class Embedding(nnx.Module):
@@ -31,9 +33,12 @@ class Embedding(nnx.Module):
         self.axes = axes
         self.table = param(rngs, (num_rows, size), axes, init=normal(scale), dtype=dtype)
 
-    def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        """Looks int32 [B, T] up as [B, T, size]."""
-        return take_rows(self.table[...], ids_BT, axes=self.axes, tokens=("batch", "sequence"))
+    def __call__(self, ids_BT: jax.Array, *, path: str, dtype: jnp.dtype) -> jax.Array:
+        """Looks int32 [B, T] up as [B, T, size] in `dtype`; `path` is the module's own."""
+        told: Any = {"axes": self.axes, "tokens": ("batch", "sequence")}
+        columns = columns_to_keep(f"{path}/table", shape=self.table.shape, ids=ids_BT, **told)
+        params: Any = unshard(nnx.split(self)[1], path, dtype=dtype, keep=columns)
+        return take_rows(params["table"][...], ids_BT, columns=columns, **told)
 
 
 def rope_frequencies(config: RopeConfig, *, head_dim: int) -> jax.Array:

@@ -17,13 +17,13 @@ class LossSums(NamedTuple):
     """Weighted sums over tokens, float32 scalars.
 
     Attributes:
+        loss: cross-entropy and z-loss; the others have no gradient.
         cross_entropy: of -log p(target), nats.
-        z_squared: of log(Z)^2.
         correct: of tokens whose likeliest prediction is the target.
     """
 
+    loss: jax.Array
     cross_entropy: jax.Array
-    z_squared: jax.Array
     correct: jax.Array
 
 
@@ -39,7 +39,8 @@ def _sums(
     weights_BT: jax.Array,
     *,
     softcap: float,
-) -> LossSums:
+    z_loss: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     logits_BTV = softcapped(dot_float32(hidden_BTD, kernel_DV), softcap)
     logits_BTV = constrain(logits_BTV, ("batch", "sequence", "vocab"))
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -47,11 +48,10 @@ def _sums(
     is_target = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype) == targets_BT[..., None]
     gold_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0), axis=-1)
     correct_BT = gold_BT >= jnp.max(logits_BTV, axis=-1)
-    return LossSums(
-        jnp.sum(weights_BT * (log_z_BT - gold_BT)),
-        jnp.sum(weights_BT * jnp.square(log_z_BT)),
-        jnp.sum(weights_BT * jax.lax.stop_gradient(correct_BT)),
-    )
+    cross_entropy = loss = jnp.sum(weights_BT * (log_z_BT - gold_BT))
+    if z_loss:
+        loss += z_loss * jnp.sum(weights_BT * jnp.square(log_z_BT))
+    return loss, jax.lax.stop_gradient((cross_entropy, jnp.sum(weights_BT * correct_BT)))
 
 
 def cross_entropy_sums(
@@ -61,6 +61,7 @@ def cross_entropy_sums(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     softcap: float,
+    z_loss: float,
     chunk: int,
 ) -> LossSums:
     """Sums of the loss over all tokens; logits and sums in float32.
@@ -71,21 +72,16 @@ def cross_entropy_sums(
         targets_BT: int32.
         weights_BT: float32, 0 where there is nothing to predict.
         softcap: of the logits; 0: off.
-        chunk: tokens of each sequence whose logits exist at one time, in the forward and the
-            backward pass; 0: all.
+        z_loss: weight of log(Z)^2.
+        chunk: tokens of each sequence whose logits exist at one time; 0: all.
 
     Returns:
         The sums.
     """
-    sums = functools.partial(_sums, softcap=softcap)
+    sums = functools.partial(_sums, softcap=softcap, z_loss=z_loss)
+    args = hidden_BTD, kernel_DV, targets_BT, weights_BT
     if chunk == 0 or chunk >= hidden_BTD.shape[1]:
-        return sums(hidden_BTD, kernel_DV, targets_BT, weights_BT)
-    return sum_over_tokens(
-        sums,
-        hidden_BTD,
-        kernel_DV,
-        targets_BT,
-        weights_BT,
-        kernel_axes=("embed", "vocab"),
-        chunk=chunk,
-    )
+        loss, others = sums(*args)
+    else:
+        loss, others = sum_over_tokens(sums, *args, kernel_axes=("embed", "vocab"), chunk=chunk)
+    return LossSums(loss, *others)

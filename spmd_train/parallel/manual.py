@@ -137,8 +137,43 @@ def add_up_parts(
     return by_hand_over(add, layout, by_hand, to_spec([tuple(axes), *kept]), summed)(partial)
 
 
+def columns_to_keep(
+    path: str, *, shape: Sequence[int], axes: tuple[str, str], ids: jax.Array, tokens: LogicalAxes
+) -> tuple[str, ...]:
+    """The mesh axes over whose shards of a table's columns a lookup is best spread.
+
+    Vectors of the tokens then travel instead of the table: less, where a device has fewer tokens
+    than the table rows.
+
+    Args:
+        path: of the table in the parameters.
+        shape: [R, D].
+        axes: logical axes of R and D.
+        ids: what is to be looked up.
+        tokens: its logical axes.
+
+    Returns:
+        Mesh axes for `unshard` to keep and `take_rows` to be told; () if the table is to be whole.
+    """
+    layout = current_layout()
+    if layout is None or layout.mesh.size == 1:
+        return ()
+    rows, columns = dims_of(layout.param_specs[path], ndim=2)
+    spec = layout.activation_spec(ids.shape, tokens)
+    spread = layout.gathered & set(dims_of(spec, ndim=1)[0])
+    if not columns or columns != layout.axes(axes[1]) or not spread.issuperset(columns):
+        return ()
+    own_tokens = ids.size // layout.size(axes_of(spec))
+    return columns if own_tokens * layout.size(rows) <= shape[0] else ()
+
+
 def take_rows(
-    table_RD: jax.Array, ids: jax.Array, *, axes: tuple[str, str], tokens: LogicalAxes
+    table_RD: jax.Array,
+    ids: jax.Array,
+    *,
+    axes: tuple[str, str],
+    tokens: LogicalAxes,
+    columns: tuple[str, ...] = (),
 ) -> jax.Array:
     """Looks up rows of a table whose rows may be sharded.
 
@@ -147,10 +182,11 @@ def take_rows(
     inside a `shard_map` it crashes.)
 
     Args:
-        table_RD: gathered over the batch's mesh axes.
+        table_RD: gathered over the batch's mesh axes, but for `columns`.
         ids: int32, one dim per entry of `tokens`.
         axes: logical axes of R and D.
         tokens: logical axes of the ids.
+        columns: from `columns_to_keep`: devices look up each other's tokens in their columns.
 
     Returns:
         [*ids.shape, D].
@@ -163,7 +199,17 @@ def take_rows(
     taken = (*token_axes, *manual_axes())
     row_axes = tuple(a for a in layout.axes(axes[0]) if a not in taken)
     by_hand = (*row_axes, *token_axes)
-    table_spec = to_spec([row_axes])
+    table_spec = to_spec([row_axes, columns])
+    summed = tuple(a for a in token_axes if a not in columns)
+
+    def everyones(ids: jax.Array) -> jax.Array:
+        """The ids of all devices that have a share of this one's rows' columns."""
+        return jax.lax.all_gather(ids, columns, axis=0, tiled=True) if columns else ids
+
+    def exchange(x: jax.Array, *, split: int, concat: int) -> jax.Array:
+        if not columns:
+            return x
+        return jax.lax.all_to_all(x, columns, split_axis=split, concat_axis=concat, tiled=True)
 
     def own(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
         """The ids as this device counts its rows, and which of them it has."""
@@ -172,13 +218,17 @@ def take_rows(
         return ids, (ids >= 0) & (ids < num_rows)
 
     def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
-        if not row_axes:
-            return jnp.take(table, ids, axis=0)
-        ids, here = own(ids, table.shape[0])
-        found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
-        return psum(jnp.where(here[..., None], found, 0), row_axes)
+        ids = everyones(ids)
+        if row_axes:
+            ids, here = own(ids, table.shape[0])
+            found = jnp.take(table, jnp.where(here, ids, 0), axis=0)
+            found = psum(jnp.where(here[..., None], found, 0), row_axes)
+        else:
+            found = jnp.take(table, ids, axis=0)
+        return exchange(found, split=0, concat=ids.ndim)
 
     def own_gradient(ids: jax.Array, g: jax.Array, table: jax.Array) -> jax.Array:
+        ids, g = everyones(ids), exchange(g, split=ids.ndim, concat=0)
         ids, here = own(ids, table.shape[0])
         # Rows of other devices are dropped: they are out of bounds.
         ids = jnp.where(here, ids, table.shape[0])
@@ -196,9 +246,9 @@ def take_rows(
     def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
         table, ids = saved
         specs = (ids_spec, ids_spec, table_spec)
-        parts = to_spec([token_axes, row_axes])
+        parts = to_spec([summed, row_axes, columns])
         partial = by_hand_over(own_gradient, layout, by_hand, specs, parts)(ids, g, table)
-        grad = add_up_parts(partial, token_axes, axes, layout=layout)
+        grad = add_up_parts(partial, summed, axes, layout=layout)
         return grad, np.zeros(ids.shape, jax.dtypes.float0)
 
     take.defvjp(forward, backward)
@@ -206,21 +256,22 @@ def take_rows(
 
 
 def sum_over_tokens(
-    f: Callable[..., Tree],
+    f: Callable[..., tuple[jax.Array, Tree]],
     hidden_BTD: jax.Array,
     kernel: jax.Array,
     *labels_BT: jax.Array,
     kernel_axes: LogicalAxes,
     chunk: int,
-) -> Tree:
+) -> tuple[jax.Array, Tree]:
     """Sums `f(hidden, kernel, *labels)` over devices and, on each, over chunks of the sequence.
 
-    Whatever `f` makes for a chunk lives no longer than the chunk, in the forward and in the
-    backward pass (which makes it once more). The kernel's gradient is accumulated in float32 on
-    each device and summed over the devices once.
+    Where gradients are wanted, they are made with the sum, chunk by chunk, and only scaled in the
+    backward pass: whatever `f` makes for a chunk is made once and lives no longer than the chunk.
+    The kernel's gradient is accumulated in float32 on each device and summed over the devices once.
 
     Args:
-        f: returns a tree of sums over the tokens it is given; differentiable in the first two.
+        f: returns a sum over the tokens it is given, differentiable in the first two, and a tree of
+            others, which have no gradient.
         hidden_BTD: activations.
         kernel: the same on all devices that split the batch and the sequence.
         *labels_BT: what else belongs to each token; not differentiated.
@@ -229,7 +280,7 @@ def sum_over_tokens(
             smaller number that does.
 
     Returns:
-        The tree of `f` over all tokens.
+        What `f` returns, over all tokens.
     """
     layout = current_layout()
     spec = (
@@ -243,54 +294,54 @@ def sum_over_tokens(
     def total(x: Tree) -> Tree:
         return psum(x, axes) if axes else x
 
-    def varying(x: Tree) -> Tree:
-        return jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), x) if axes else x
-
     def split(x: jax.Array) -> jax.Array:
         length = x.shape[1]
         size = next(n for n in range(min(chunk, length), 0, -1) if length % n == 0)
         return jnp.moveaxis(x.reshape(x.shape[0], length // size, size, *x.shape[2:]), 1, 0)
 
-    def sums_of(hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Tree:
+    def scan(g: Callable[..., tuple[Tree, Tree]], *args: jax.Array) -> tuple[Tree, Tree]:
+        """Sums the first part of what `g` makes of each chunk, stacks the second."""
+        hidden, kernel, *labels = args
+        kernel = jax.lax.pcast(kernel, axes, to="varying") if axes else kernel
         parts = split(hidden), *map(split, labels)
-        kernel = varying(kernel)
-        shapes = jax.eval_shape(f, parts[0][0], kernel, *(x[0] for x in parts[1:]))
+        shapes, _ = jax.eval_shape(g, parts[0][0], kernel, *(x[0] for x in parts[1:]))
 
-        def add(sums: Tree, part: Any) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, sums, f(part[0], kernel, *part[1:])), None
+        def add(sums: Tree, part: Any) -> tuple[Tree, Tree]:
+            more, made = g(part[0], kernel, *part[1:])
+            return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, more), made
 
         zeros = jax.tree.map(
-            lambda s: varying_zeros(s.shape, s.dtype, varying_like=(hidden, kernel)), shapes
+            lambda s: varying_zeros(s.shape, jnp.float32, varying_like=(hidden, kernel)), shapes
         )
-        return total(jax.lax.scan(add, zeros, parts)[0])
+        return jax.lax.scan(add, zeros, parts)
 
-    def gradients_of(g: Tree, hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Any:
-        parts = split(hidden), *map(split, labels)
-        kernel, g = varying(kernel), varying(g)
+    def sums_of(*args: jax.Array) -> Tree:
+        return total(scan(lambda *part: (f(*part), ()), *args)[0])
 
-        def add(kernel_grad: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-            pull = jax.vjp(lambda h, k: f(h, k, *part[1:]), part[0], kernel)[1]
-            hidden_grad, more = pull(g)
-            return kernel_grad + more.astype(jnp.float32), hidden_grad
+    def with_gradients(hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Any:
+        def g(*part: jax.Array) -> tuple[Tree, jax.Array]:
+            sums, (hidden_grad, kernel_grad) = jax.value_and_grad(f, (0, 1), has_aux=True)(*part)
+            return (sums, kernel_grad), hidden_grad
 
-        zeros = varying_zeros(kernel.shape, jnp.float32, varying_like=(hidden, kernel))
-        kernel_grad, hidden_grads = jax.lax.scan(add, zeros, parts)
+        (sums, kernel_grad), hidden_grads = scan(g, hidden, kernel, *labels)
         hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)
-        return hidden_grad, kernel_grad.astype(kernel.dtype)[None]
+        return total(sums), hidden_grad, kernel_grad.astype(kernel.dtype)[None]
 
     @jax.custom_vjp
-    def summed(hidden: jax.Array, kernel: jax.Array, *labels: jax.Array) -> Tree:
-        specs = (spec, P(), *[spec] * len(labels))
-        return by_hand(sums_of, specs, P())(hidden, kernel, *labels)
+    def summed(*args: jax.Array) -> Tree:
+        return by_hand(sums_of, (spec, P(), *[spec] * len(labels_BT)), P())(*args)
 
-    def forward(*args: jax.Array) -> tuple[Tree, tuple[jax.Array, ...]]:
-        return summed(*args), args
-
-    def backward(saved: tuple[jax.Array, ...], g: Tree) -> tuple[Any, ...]:
-        specs = (P(), spec, P(), *[spec] * (len(saved) - 2))
-        hidden_grad, partial = by_hand(gradients_of, specs, (spec, to_spec([axes])))(g, *saved)
+    def forward(*args: jax.Array) -> tuple[Tree, Any]:
+        out_specs = P(), spec, to_spec([axes])
+        run = by_hand(with_gradients, (spec, P(), *[spec] * len(labels_BT)), out_specs)
+        sums, hidden_grad, partial = run(*args)
         kernel_grad = add_up_parts(partial, axes, kernel_axes, layout=layout)
-        return hidden_grad, kernel_grad, *(no_gradient(x) for x in saved[2:])
+        return sums, (hidden_grad, kernel_grad, args[2:])
+
+    def backward(saved: Any, g: tuple[jax.Array, Tree]) -> tuple[Any, ...]:
+        *grads, labels = saved
+        scaled = ((g[0] * grad).astype(grad.dtype) for grad in grads)
+        return *scaled, *map(no_gradient, labels)
 
     summed.defvjp(forward, backward)
     return summed(hidden_BTD, kernel, *labels_BT)

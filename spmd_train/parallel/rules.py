@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -253,7 +253,14 @@ def compute_dtype(path: str, w: jax.Array, dtype: Any, *, stacked: bool = False)
     return w.dtype if w.ndim - stacked < 2 or KEPT_IN_FULL.search(path) else dtype
 
 
-def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = False) -> nnx.State:
+def unshard(
+    params: nnx.State,
+    path: str,
+    *,
+    dtype: jnp.dtype,
+    stacked: bool = False,
+    keep: Collection[str] = (),
+) -> nnx.State:
     """Makes parameters ready to compute with: cast, then gathered over the batch's mesh axes.
 
     Matrices are cast to `dtype` first, so that half the bytes travel; vectors (norm scales) and
@@ -265,6 +272,7 @@ def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = F
         path: where they are in the parameter tree, as in `blocks`.
         dtype: the compute dtype.
         stacked: they are one layer's slice of stacked parameters: the plan has one dim more.
+        keep: mesh axes that are not gathered over.
 
     Returns:
         The same tree.
@@ -278,7 +286,8 @@ def unshard(params: nnx.State, path: str, *, dtype: jnp.dtype, stacked: bool = F
             return w
         planned = dims_of(layout.param_specs[leaf], ndim=w.ndim + stacked)[stacked:]
         manual = set(manual_axes())
-        whole = [tuple(a for a in dim if a not in layout.gathered | manual) for dim in planned]
+        gathered = (layout.gathered - set(keep)) | manual
+        whole = [tuple(a for a in dim if a not in gathered) for dim in planned]
         sharded = [tuple(a for a in dim if a not in manual) for dim in planned]
         if whole == sharded:
             return w

@@ -129,10 +129,11 @@ class LanguageModel:
                 targets_BT=batch["targets"],
                 weights_BT=batch["weights"],
                 softcap=self.model_config.logit_softcap,
+                z_loss=self.loss_config.z_loss,
                 chunk=self.loss_config.chunk_tokens,
             )
         return LossOutput(
-            loss_sum=sums.cross_entropy + self.loss_config.z_loss * sums.z_squared,
+            loss_sum=sums.loss,
             weight_sum=jnp.sum(batch["weights"]),
             metric_sums={"cross_entropy": sums.cross_entropy, "accuracy": sums.correct},
         )
