@@ -53,9 +53,9 @@ class Peer:
         return VENVS / self.venv / "bin" / "python" if self.venv else pathlib.Path(sys.executable)
 
 
-def _trainer(job: Job) -> list[str]:
-    return [
-        *("-m", "spmd_train", "train", f"--config={job.problem / 'config.json'}"),
+def _trainer(*flags: str) -> Callable[[Job], list[str]]:
+    return lambda job: [
+        *("-m", "spmd_train", "train", f"--config={job.problem / 'config.json'}", *flags),
         *(f"--workdir={job.workdir}", f"--config.train.num_steps={job.num_steps}"),
         f"--config.train.log_every={job.log_every}",
         f"--config.train.checkpoint_every={job.checkpoint_every}",
@@ -85,7 +85,10 @@ _JAX = {
 _XLA_FLAGS = " ".join(f"--{name}={value}" for name, value in cluster.CPU_FLAGS.items())
 
 PEERS = {
-    "trainer": Peer("spmd-train", _trainer, "jax", environment=_JAX),
+    "trainer": Peer(
+        "spmd-train, 2 devices", _trainer("--simulate_devices=2"), "jax", environment=_JAX
+    ),
+    "trainer_one": Peer("spmd-train, 1 device", _trainer(), "jax", environment=_JAX),
     "bare_jax": Peer(
         "bare JAX", _script("bare_jax.py"), "jax", environment=_JAX | {"XLA_FLAGS": _XLA_FLAGS}
     ),

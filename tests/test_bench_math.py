@@ -67,7 +67,9 @@ def losses(problem):
 
 
 def test_bench_math_both_sides_have_equal_losses(problem, losses, tmp_path):
-    difference = bench.check_losses(problem, tmp_path, num_steps=NUM_STEPS, peers=["bare_jax"])
+    difference = bench.check_losses(
+        problem, tmp_path, num_steps=NUM_STEPS, peers=["bare_jax", "trainer_one"]
+    )
     assert difference <= bench.LOSS_TOLERANCE
     metrics = (tmp_path / "trainer" / "metrics.jsonl").read_text().splitlines()
     trainer = [json.loads(line)["loss"] for line in metrics]
@@ -166,7 +168,7 @@ def test_bench_math_ratios_pair_the_rounds():
         "shapes": {"S": {"peers": summary, "rounds": results, "loss_difference": 1e-7}},
     }
     rows = bench_report.markdown(answer).splitlines()
-    assert rows[2] == "| **spmd-train** |  | 55 (22 to 110) |"
+    assert rows[2] == "| **spmd-train, 2 devices** |  | 55 (22 to 110) |"
     assert rows[3] == "| bare JAX | 1.100 (1.100 to 1.100) | 50 (20 to 100) |"
     assert rows[4].startswith("| Horovod, 2 processes | not run: does not build |")
     svg = xml.etree.ElementTree.fromstring(bench_report.plot(answer))
