@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--peers", default="all", help="all, or of " + ", ".join(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
+    parser.add_argument("--table", type=pathlib.Path, help="a page whose section is written anew")
     args = parser.parse_args()
     asked = PEERS if args.peers == "all" else args.peers.split(",")
     facts, missing, peers = machine(), {}, []
@@ -208,6 +209,8 @@ def main() -> None:
     (args.out / "bench.md").write_text(bench_report.markdown(answer))
     (args.out / "bench.svg").write_text(bench_report.plot(answer))
     print(bench_report.markdown(answer), end="")
+    if args.table:
+        bench_report.write_page(args.table, answer)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
+
+from sections import write_section
 
 BASE = "trainer"
 
@@ -107,3 +110,11 @@ def plot(answer: Mapping[str, Any]) -> str:
                 f'<text x="{x0 + high + 5:.1f}" y="{y + 14}">{rate["median"]:,.0f}</text>',
             ]
     return "\n".join([*parts, "</svg>", ""])
+
+
+def write_page(path: pathlib.Path, answer: Mapping[str, Any]) -> None:
+    """Writes the section "Tokens per second" of a Markdown page anew, and the plot beside it."""
+    picture = path.with_suffix(".svg")
+    picture.write_text(plot(answer))
+    text = f"{markdown(answer)}\n![tokens per second]({picture.name})\n"
+    write_section(path, "Tokens per second", text)
