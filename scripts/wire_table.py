@@ -54,6 +54,9 @@ P: bytes of all parameters as float32, of which P_blocks, P_experts, P_embedding
 and P_norms. A: bytes of the residual stream of a device's tokens. L: layers. M: microbatches. K:
 bytes of a device's keys and values, dK of their gradients, Q and O of its queries and outputs, ids
 of its segments and positions. An exchange of dropless experts beyond the first is not counted.
+
+Under fsdp, the vectors of a device's tokens travel and not the embedding table, where the tokens
+are fewer than its rows; else P_embedding is gathered, and its gradient reduce-scattered.
 """
 
 
@@ -152,12 +155,12 @@ def terms_of(row, program):
     if row.axis == "data":
         return [everything]
     if row.axis == "fsdp":
-        gathered = 2 * p["blocks"] + p["embedding"] + p["head"]
+        gathered = 2 * p["blocks"] + p["head"]
         summed = p["blocks"] + p["head"] + p["norms"]
         return [
-            Term("all-gather", "(n-1)/n (2 P_blocks + P_embedding + P_head)", ring * gathered),
+            Term("all-gather", "(n-1)/n (2 P_blocks + P_head)", ring * gathered),
             Term("all-reduce", "2(n-1)/n (P_blocks + P_head + P_norms)", twice * summed),
-            Term("reduce-scatter", "(n-1)/n P_embedding", ring * p["embedding"]),
+            Term("all-to-all", "2(n-1)/n A", twice * stream / n),
         ]
     if row.axis == "tensor":
         # Outputs of attention and MLP; in the backward pass the gradients of five inputs: query,

@@ -161,6 +161,17 @@ def test_config_parse_refused_value_is_no_contradiction_too():
         ),
         ({"model.embed_dim": 250}, "num_heads must divide embed_dim, or set model.head_dim"),
         ({"model.head_dim": 33}, "must be even"),
+        ({"model.remat": "names"}, "names to save or to offload go with model.remat=names"),
+        ({"model.remat_saved": "query"}, "names to save or to offload go with model.remat=names"),
+        ({"model.remat": "names", "model.remat_saved": "query,kye"}, "the nearest is key"),
+        (
+            {
+                "model.remat": "names",
+                "model.remat_saved": "up",
+                "model.remat_offloaded": "gate,up",
+            },
+            "up must be in one of them",
+        ),
         ({"model.embed_dim": 20}, "must be even"),
         ({"model.rope.scaling": "llama3", "model.rope.low_freq_factor": 4.0}, "must be less than"),
         ({"loss.chunk_tokens": 100}, "chunk_tokens must divide sequence_length"),

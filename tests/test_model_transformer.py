@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     LENGTH,
     MODEL,
+    TRAIN,
     by_path,
     compile_step,
     largest_difference,
@@ -26,6 +27,7 @@ from spmd_train.nn import attention
 from spmd_train.nn.attention import Tokens, attend
 from spmd_train.nn.dropout import dropout_keys
 from spmd_train.nn.embeddings import rope_frequencies
+from spmd_train.plan.trace_cost import trace_cost
 from spmd_train.tasks import LanguageModel
 from spmd_train.train.state import FunctionalModel
 
@@ -263,6 +265,34 @@ def test_model_remat_changes_memory_and_no_gradient() -> None:
         temp[remat] = memory_report(compile_step(program_of({}, model=deep))[0])["temp_bytes"]
     assert temp["full"] < temp["projections"] < temp["dots"] < temp["none"], temp
     assert temp["full"] < 0.4 * temp["none"], temp
+
+
+def test_model_remat_keeps_what_is_named() -> None:
+    net = Model(MODEL)
+    params, batch = net.init(), random_batch(size=4)
+    wanted = net.gradient(params, batch)
+    flops = {}
+    for remat, saved, offloaded in (
+        ("projections", "", ""),
+        ("names", "query,key,value", ""),
+        ("names", "query", "gate, up"),
+        ("full", "", ""),
+    ):
+        names = {"remat": remat, "remat_saved": saved, "remat_offloaded": offloaded}
+        config = dataclasses.replace(MODEL, **names)
+        assert largest_difference(Model(config).gradient(params, batch), wanted)[0] < 1e-3
+        program = program_of({}, model=config)
+        told = trace_cost(program, embed_dim=MODEL.embed_dim, num_layers=MODEL.num_layers)
+        flops[saved or remat] = told.flops
+        traced = program.train_step.trace(program.abstract_state, program.abstract_batch)
+        assert ("MemorySpace.Host" in str(traced.jaxpr)) == bool(offloaded), names
+    # What is not kept is made again: a matmul of each token for each of them, and layer.
+    tokens, d, f = TRAIN.global_batch_size * LENGTH, MODEL.embed_dim, MODEL.mlp_dim
+    one = 2 * tokens * d * MODEL.num_layers
+    heads = MODEL.num_heads * MODEL.resolved_head_dim
+    assert flops["full"] - flops["query,key,value"] == 3 * one * heads
+    assert flops["full"] - flops["query"] == one * (heads + 2 * f)
+    assert flops["projections"] < flops["query"]
 
 
 def test_model_unrolled_scan_is_the_scan() -> None:

@@ -48,14 +48,16 @@ LOSS_TOLERANCE = 1e-5
 # What an axis must send, and what else it may. A sum may also go over several axes at one time.
 NEEDED = {
     "data": {"all-reduce"},
-    "fsdp": {"all-gather", "reduce-scatter"},
+    "fsdp": {"all-gather"},
     "expert": {"all-to-all"},
     "context": {"collective-permute"},
     "tensor": {"all-reduce"},
     "pipeline": {"collective-permute"},
 }
-# Ring attention's sums of gradients; the layers of uneven stages, which come from all devices.
+# The embedding's gradient, or the vectors of few tokens; ring attention's sums of gradients; the
+# layers of uneven stages, which come from all devices.
 ALLOWED = {
+    "fsdp": {"all-to-all", "reduce-scatter"},
     "context": {"all-gather", "all-to-all", "reduce-scatter"},
     "pipeline": {"all-gather", "all-to-all", "reduce-scatter"},
 }

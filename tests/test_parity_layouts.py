@@ -182,7 +182,11 @@ def check_collectives(text: str, axis_sizes, *, sequence: bool) -> None:
     needed = {("all-reduce", (axis,)) for axis in axes}
     allowed = set(needed)
     if "fsdp" in axes:
-        needed |= {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))}
+        needed |= {("all-gather", ("fsdp",))}
+        # Of the embedding: its gradient, or where tokens are few, their vectors.
+        embedding = {("reduce-scatter", ("fsdp",)), ("all-to-all", ("fsdp",))}
+        assert kinds & embedding, kinds
+        allowed |= embedding
     if sequence:
         needed |= {("all-gather", ("tensor",))}
         allowed |= {("reduce-scatter", ("tensor",))}

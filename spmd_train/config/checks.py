@@ -36,6 +36,7 @@ def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
     yield from _sharding_conflicts(config.sharding)
     yield from _pipeline_conflicts(config)
     yield from _model_conflicts(config.model)
+    yield from _remat_conflicts(config.model)
     yield from _moe_conflicts(config)
     yield from _data_conflicts(config.data)
     yield from _length_conflicts(config)
@@ -100,6 +101,30 @@ def _pattern_conflicts(path: str, value: str, pattern: str) -> Iterator[Conflict
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         yield Conflict({path: value}, f"{pattern!r} must be a regular expression: {error}")
+
+
+def _remat_conflicts(model: schema.ModelConfig) -> Iterator[Conflict]:
+    texts = {
+        "model.remat_saved": model.remat_saved,
+        "model.remat_offloaded": model.remat_offloaded,
+    }
+    if any(texts.values()) != (model.remat == "names"):
+        yield Conflict(
+            {"model.remat": model.remat, **texts},
+            "names to save or to offload go with model.remat=names, which needs some",
+        )
+    for (path, text), names in zip(texts.items(), model.remat_names, strict=True):
+        for name in names:
+            if name not in schema.REMAT_NAMES:
+                yield Conflict(
+                    {path: text},
+                    f"{name!r} must be one of {', '.join(schema.REMAT_NAMES)}; the nearest is "
+                    f"{nearest(name, schema.REMAT_NAMES)}",
+                )
+    saved, offloaded = model.remat_names
+    for name in saved:
+        if name in offloaded:
+            yield Conflict(texts, f"{name} must be in one of them")
 
 
 def _model_conflicts(model: schema.ModelConfig) -> Iterator[Conflict]:

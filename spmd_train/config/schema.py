@@ -175,6 +175,10 @@ class RopeConfig:
     original_max_positions: int = key(8192, "llama3: context before scaling, tokens", at_least=1)
 
 
+REMAT_NAMES = ("block_input", "query", "key", "value", "attention", "out", "gate", "up", "down")
+"""Arrays of a block that `model.remat = names` can keep; `attention`: what a kernel returns."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer."""
@@ -212,13 +216,27 @@ class ModelConfig:
     remat: str = key(
         "none",
         "what the backward pass recomputes: none, everything in a block (full), all but outputs "
-        "of matmuls and attention kernels (dots), or of projections and those (projections)",
-        choices=("none", "full", "dots", "projections"),
+        "of matmuls and attention kernels (dots), of projections and those (projections), or what "
+        "remat_saved and remat_offloaded name (names)",
+        choices=("none", "full", "dots", "projections", "names"),
+    )
+    remat_saved: str = key("", f"remat = names: kept; of {', '.join(REMAT_NAMES)}, comma-separated")
+    remat_offloaded: str = key(
+        "", "remat = names: kept in the host's memory until the backward pass; of the same"
     )
     scan_unroll: int = key(1, "layers per iteration of the layer scan", at_least=1)
     init_scale: float = key(0.02, "standard deviation of the initial weights", above=0)
     param_dtype: str = key("float32", "dtype in which parameters are kept", choices=DTYPES)
     compute_dtype: str = key("float32", "dtype of activations and matmuls", choices=DTYPES)
+
+    @property
+    def remat_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What `remat_saved` and `remat_offloaded` name."""
+        saved, offloaded = (
+            tuple(name.strip() for name in text.split(",") if name.strip())
+            for text in (self.remat_saved, self.remat_offloaded)
+        )
+        return saved, offloaded
 
     @property
     def resolved_kv_heads(self) -> int:

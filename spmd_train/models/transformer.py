@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import ModelConfig, MoEConfig
 from spmd_train.nn import flash
@@ -28,14 +30,24 @@ from spmd_train.parallel.rules import (
 )
 from spmd_train.parallel.stages import Layers
 
-REMAT_POLICIES: dict[str, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
+REMAT_POLICIES: dict[str, Callable[[ModelConfig], Any]] = {
+    "none": lambda config: keep_all_but_gathered(),
+    "full": lambda config: jax.checkpoint_policies.nothing_saveable,
+    "dots": lambda config: jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable,
         jax.checkpoint_policies.save_only_these_names(flash.SAVED_NAME),
     ),
-    "projections": jax.checkpoint_policies.save_only_these_names(SAVED_NAME, flash.SAVED_NAME),
+    "projections": lambda config: jax.checkpoint_policies.save_only_these_names(
+        SAVED_NAME, flash.SAVED_NAME
+    ),
+    "names": lambda config: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=config.remat_names[0],
+        names_which_can_be_offloaded=config.remat_names[1],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+"""`model.remat` to what makes a policy of `jax.checkpoint`; None: no checkpoint is needed."""
 
 
 class Cache(NamedTuple):
@@ -224,6 +236,8 @@ class Transformer(nnx.Module):
             of what the kernels' gradients are made, stacked (None without taps).
         """
         config = self.config
+        # Else the lookup of learned positions decides how they lie, and masks send them around.
+        tokens = Tokens(*(constrain(x, ("batch", "sequence")) for x in tokens))
         graphdef, stacked = nnx.split(self.blocks)
         dtype = jnp.dtype(config.compute_dtype)
         if layers is None:
@@ -244,6 +258,7 @@ class Transformer(nnx.Module):
             attention |= {"cached": seen, "cache_index": cache.end}
 
         def run(x: jax.Array, xs: tuple[Layers, Any, LayerCache | None, Any]):
+            x = checkpoint_name(x, "block_input")
             which, params, cache, taps = xs
             params = unshard(params, "blocks", dtype=dtype, stacked=True)
             keys = None if dropout is None else dropout.fold_in(which.indices)
@@ -262,7 +277,7 @@ class Transformer(nnx.Module):
             # An empty place computes nothing: stages of fewer layers take less time.
             return jax.lax.cond(exists, lambda x: vary(run(x, xs)), lambda x: vary((x, nothing)), x)
 
-        policy = keep_all_but_gathered() if config.remat == "none" else REMAT_POLICIES[config.remat]
+        policy = REMAT_POLICIES[config.remat](config)
         if policy is not None:
             # prevent_cse is not needed inside a scan and costs barriers.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)

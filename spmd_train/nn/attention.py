@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import ModelConfig
 from spmd_train.nn.embeddings import apply_rope
@@ -176,9 +177,14 @@ class Attention(nnx.Module):
         Returns:
             [B, T, D], and the cache with the new tokens in it (None without one).
         """
-        q = constrain(self.query(x_BTD), ("batch", "sequence", "heads", None))
-        k = constrain(self.key(x_BTD), ("batch", "sequence", "kv_heads", None))
-        v = constrain(self.value(x_BTD), ("batch", "sequence", "kv_heads", None))
+        q, k, v = (
+            checkpoint_name(constrain(make(x_BTD), ("batch", "sequence", heads, None)), name)
+            for make, heads, name in (
+                (self.query, "heads", "query"),
+                (self.key, "kv_heads", "key"),
+                (self.value, "kv_heads", "value"),
+            )
+        )
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rope is not None:
@@ -193,4 +199,5 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start),
             )
             out = attend(q, *cache, queries=tokens, keys=cached, in_order=False, **self.scoring)
-        return self.out(constrain(out, ("batch", "sequence", "heads", None))), cache
+        y_BTD = self.out(constrain(out, ("batch", "sequence", "heads", None)))
+        return checkpoint_name(y_BTD, "out"), cache

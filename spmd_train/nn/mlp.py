@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import ModelConfig
 from spmd_train.nn.params import normal
@@ -37,9 +38,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
-        up_BTF = self.up(x_BTD)
+        up_BTF = checkpoint_name(self.up(x_BTD), "up")
         if self.gate is None:
             hidden_BTF = jax.nn.gelu(up_BTF, approximate=True)
         else:
-            hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF
-        return self.down(constrain(hidden_BTF, ("batch", "sequence", "mlp")))
+            hidden_BTF = jax.nn.silu(checkpoint_name(self.gate(x_BTD), "gate")) * up_BTF
+        y_BTD = self.down(constrain(hidden_BTF, ("batch", "sequence", "mlp")))
+        return checkpoint_name(y_BTD, "down")

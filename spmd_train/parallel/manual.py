@@ -336,7 +336,9 @@ def sum_over_tokens(
         run = by_hand(with_gradients, (spec, P(), *[spec] * len(labels_BT)), out_specs)
         sums, hidden_grad, partial = run(*args)
         kernel_grad = add_up_parts(partial, axes, kernel_axes, layout=layout)
-        return sums, (hidden_grad, kernel_grad, args[2:])
+        # Summed first: else the whole gradient waits in memory for the backward pass of all layers.
+        grads = jax.lax.optimization_barrier((hidden_grad, kernel_grad))
+        return sums, (*grads, args[2:])
 
     def backward(saved: Any, g: tuple[jax.Array, Tree]) -> tuple[Any, ...]:
         *grads, labels = saved

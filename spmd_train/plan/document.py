@@ -52,6 +52,8 @@ def _details(plan: Plan, summary: Mapping[str, Any] | None) -> dict[str, Any]:
         "num_params": plan.num_params,
         "usable_bytes": plan.usable_bytes,
         "state": dataclasses.asdict(plan.state),
+        "host_temp_bytes": plan.step.memory["host_temp_bytes"] if plan.step else None,
+        "compiler_peak_bytes": plan.step.memory["compiler_peak_bytes"] if plan.step else None,
         "largest_temporaries": [dataclasses.asdict(array) for array in plan.live[:10]],
         "wire_bytes_by_axes": summary["wire_bytes_by_axes"] if summary else None,
         "async_wire_bytes": summary["async_wire_bytes"] if summary else None,
@@ -104,6 +106,8 @@ def format_plan(plan: Plan) -> Iterator[str]:
             f"  {gib(state.gradients):>11}  float32 gradients (model); the rest is activations "
             "and buffers"
         )
+        if host := plan.step.memory["host_temp_bytes"]:
+            yield f"  {gib(host):>11}  in the host's memory (compiler)"
     if plan.live:
         yield "  largest at the fullest moment (model: lifetimes in the compiled program):"
         for array in plan.live[:6]:
