@@ -1,5 +1,5 @@
 # make train | test | test-slow | test-reference | test-plan-tpu | test-plan-cuda | plan-table | lint
-#      | wire-table | format | bench | bench-peers | bench-saves | chaos | clean
+#      | wire-table | precision-table | format | bench | bench-peers | bench-saves | chaos | clean
 # A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-slow test-reference test-plan-tpu test-plan-cuda plan-table wire-table lint format bench bench-peers bench-saves chaos lock clean
+.PHONY: train test test-slow test-reference test-plan-tpu test-plan-cuda plan-table wire-table precision-table lint format bench bench-peers bench-saves chaos lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -40,6 +40,10 @@ plan-table: $(VENV)/.plan-tpu $(VENV)/.plan-cuda
 # docs/wire.md: what each mesh axis sends, by formula and counted. Some minutes.
 wire-table: $(VENV)/.train
 	JAX_PLATFORMS=cpu $(BIN)/python scripts/wire_table.py --table=docs/wire.md
+
+# docs/precision.md: a short run under each precision policy. Half an hour; goes on where it stopped.
+precision-table: $(VENV)/.test
+	$(BIN)/python scripts/precision_runs.py --page=docs/precision.md
 
 lint: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -241,7 +241,7 @@ def test_interop_config_export_refuses_what_no_architecture_has(config, told):
 def test_interop_config_compares_every_key_that_changes_the_result():
     """A new key of the model must be mapped here, or an export would silently leave it out."""
     computed_the_same = {"dropout", "remat", "scan_unroll", "init_scale", "max_positions"}
-    computed_the_same |= {"param_dtype", "compute_dtype", "attention"}
+    computed_the_same |= {"param_dtype", "compute_dtype", "quantization", "attention"}
     computed_the_same |= {"remat_saved", "remat_offloaded"}
     compared = {key.partition(".")[0] for key in model_config_from_hf(LLAMA31_8B)} - {"moe"}
     assert compared | computed_the_same == {f.name for f in dataclasses.fields(ModelConfig)}

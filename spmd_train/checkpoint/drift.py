@@ -13,13 +13,14 @@ log = logging.getLogger(__name__)
 
 FREE = re.compile(
     r"(mesh|sharding|pipeline|context|observe|plan|sample|checkpoint)\..*"
+    r"|precision"
     r"|model\.(attention|remat(_saved|_offloaded)?|scan_unroll)|moe\.exchange_factor|loss\.chunk_tokens"
     r"|data\.(cache_dir|prefetch|num_threads|eval_.*)"
     r"|train\.(log_every|eval_every|checkpoint_every|log_examples|check_replicas_every"
     r"|grad_accumulation|max_device_batch|bad_step|max_bad_steps|spike_factor)"
 )
 """Keys that do not change what is learnt, but for float noise: where and how fast it is computed,
-what is kept and told."""
+what is kept and told. (What `precision` sets, it sets in keys of their own.)"""
 
 _DECAYING = ("cosine", "linear")
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from spmd_train.config import schema
+from spmd_train.config import precision, schema
 from spmd_train.config.keys import nearest
 
 
@@ -41,7 +41,17 @@ def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
     yield from _data_conflicts(config.data)
     yield from _length_conflicts(config)
     yield from _optimizer_conflicts(config.optimizer)
+    yield from _rounding_conflicts(config)
     yield from _batch_conflicts(config.train)
+
+
+def precision_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
+    """What contradicts the policy of a config to which it has not yet been applied."""
+    values = precision.contradicted(config)
+    if values:
+        wanted = precision.policy(config.precision)
+        message = precision.cure(config.precision, {path: wanted[path] for path in values})
+        yield Conflict({"precision": config.precision, **values}, message)
 
 
 def _mesh_conflicts(mesh: schema.MeshConfig) -> Iterator[Conflict]:
@@ -274,6 +284,15 @@ def _optimizer_conflicts(optimizer: schema.OptimizerConfig) -> Iterator[Conflict
         )
     exclude = optimizer.weight_decay_exclude
     yield from _pattern_conflicts("optimizer.weight_decay_exclude", exclude, exclude)
+
+
+def _rounding_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
+    if config.optimizer.stochastic_rounding and config.model.param_dtype == "float32":
+        yield Conflict(
+            {"optimizer.stochastic_rounding": True, "model.param_dtype": "float32"},
+            "float32 parameters are not rounded; set param_dtype=bfloat16, or "
+            "stochastic_rounding=false",
+        )
 
 
 def _batch_conflicts(train: schema.TrainConfig) -> Iterator[Conflict]:

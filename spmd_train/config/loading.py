@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from spmd_train.config import schema
 from spmd_train.config.errors import ConfigError
 from spmd_train.config.keys import keys_of
+from spmd_train.config.precision import refuse_contradiction
 
 _MAX_DEPTH = 20
 
@@ -68,7 +69,8 @@ def load_config(flag: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
       The config, not yet checked; `parse` does that.
 
     Raises:
-      ConfigError: there is no such file, the file fails, or an override goes through a value.
+      ConfigError: there is no such file, the file fails, an override goes through a value, or it
+        contradicts the config's `precision`.
     """
     file, colon, arg = flag.partition(".py:")
     if colon or flag.endswith(".py"):
@@ -83,6 +85,8 @@ def load_config(flag: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
     with config.ignore_type():
         for path, text in overrides:
             _override(config, schema.ExperimentConfig, path, text, path=path)
+    for path, text in overrides:
+        refuse_contradiction(config, path, text)
     return config
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spmd_train.config.checks import conflicts
+from spmd_train.config.checks import conflicts, precision_conflicts
 from spmd_train.config.errors import ConfigError
 from spmd_train.config.keys import Key, join, keys_of, nearest, paths_of, show
+from spmd_train.config.precision import with_policy
 from spmd_train.config.schema import ExperimentConfig
 
 _MAX_SHOWN = 20
@@ -33,9 +34,10 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig:
         limits, or values that contradict each other. All of them, in one message.
     """
     reader = _Reader()
-    experiment = reader.read_section(ExperimentConfig, config, "")
+    said = reader.read_section(ExperimentConfig, config, "")
+    experiment = with_policy(said)
     problems = list(reader.problems.values())
-    for conflict in conflicts(experiment):
+    for conflict in (*precision_conflicts(said), *conflicts(experiment)):
         # A key that was refused holds its default here, which is nobody's contradiction.
         if not any(map(reader.has_refused, conflict.values)):
             named = ", ".join(f"{path} = {show(v)}" for path, v in conflict.values.items())

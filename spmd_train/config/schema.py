@@ -18,6 +18,10 @@ MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor
 
 DTYPES = ("float32", "bfloat16")
 
+CUSTOM = "custom"
+PRECISIONS = (CUSTOM, "float32", "bf16", "bf16_moments", "bf16_params", "int8", "fp8")
+"""Names of precision policies; `config.precision` has what they set."""
+
 
 def key(
     default: Any,
@@ -228,6 +232,13 @@ class ModelConfig:
     init_scale: float = key(0.02, "standard deviation of the initial weights", above=0)
     param_dtype: str = key("float32", "dtype in which parameters are kept", choices=DTYPES)
     compute_dtype: str = key("float32", "dtype of activations and matmuls", choices=DTYPES)
+    quantization: str = key(
+        "none",
+        "projections multiply in 8 bits, forwards and for the gradients of their inputs (extra: "
+        "quantization): int8, or fp8 (E4M3; gradients E5M2); gradients of kernels, attention "
+        "scores, routed experts and logits stay in compute_dtype or float32",
+        choices=("none", "int8", "fp8"),
+    )
 
     @property
     def remat_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -404,6 +415,11 @@ class OptimizerConfig:
         0.0, "exponential moving average of parameters; 0: off", at_least=0, at_most=0.9999999
     )
     state_dtype: str = key("float32", "dtype in which moments are kept", choices=DTYPES)
+    stochastic_rounding: bool = key(
+        False,
+        "parameters kept in bfloat16 are updated in float32 and rounded up or down at random, so "
+        "that on average nothing is lost; else to the nearest, which loses small updates",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -533,6 +549,13 @@ class ExperimentConfig:
     """A whole experiment."""
 
     task: str = key("language_model", "what is learnt", choices=("language_model",))
+    precision: str = key(
+        CUSTOM,
+        "a policy that sets model.{param_dtype, compute_dtype, quantization} and optimizer."
+        "{state_dtype, stochastic_rounding}, which may then not say otherwise: docs/precision.md; "
+        "custom: they are as they say themselves",
+        choices=PRECISIONS,
+    )
     mesh: MeshConfig = section(MeshConfig)
     sharding: ShardingConfig = section(ShardingConfig)
     pipeline: PipelineConfig = section(PipelineConfig)

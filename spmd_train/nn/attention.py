@@ -133,7 +133,8 @@ class Attention(nnx.Module):
         h, g = (config.num_heads, k), (config.resolved_kv_heads, k)
         kv_axes = ("embed", "kv_heads", "head_dim")
         common = {"dtype": config.param_dtype, "rngs": rngs}
-        inner = {"use_bias": config.attention_bias, "init": normal(config.init_scale), **common}
+        projection = {"quantization": config.quantization, **common}
+        inner = {"use_bias": config.attention_bias, "init": normal(config.init_scale), **projection}
         self.scoring = {
             "softcap": config.attention_softcap,
             "window": config.sliding_window,
@@ -148,7 +149,7 @@ class Attention(nnx.Module):
             ("heads", "head_dim", "embed"),
             use_bias=config.attention_out_bias,
             init=normal(out_scale),
-            **common,
+            **projection,
         )
         norm = {"epsilon": config.norm_epsilon, **common}
         self.query_norm = RMSNorm(k, **norm) if config.qk_norm else None

@@ -27,7 +27,12 @@ class MLP(nnx.Module):
             width: hidden; None: `config.mlp_dim`.
         """
         d, f, axes = (config.embed_dim,), (width or config.mlp_dim,), ("embed", "mlp")
-        common = {"use_bias": config.mlp_bias, "dtype": config.param_dtype, "rngs": rngs}
+        common = {
+            "use_bias": config.mlp_bias,
+            "dtype": config.param_dtype,
+            "quantization": config.quantization,
+            "rngs": rngs,
+        }
         self.gate = (
             Projection(d, f, axes, init=normal(config.init_scale), **common)
             if config.mlp == "swiglu"

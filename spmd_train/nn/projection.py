@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.nn.params import Initializer, param, zeros
+from spmd_train.nn.quantization import dots_of
 from spmd_train.parallel.rules import LogicalAxes, current_platform, vary
 from spmd_train.parallel.sequence import split_axes
 
@@ -26,52 +27,63 @@ SAVED_NAME = "projection"
 """The name under which a remat policy can keep a projection's output."""
 
 
-def project(x: jax.Array, kernel: jax.Array, *, num_contracted: int = 1) -> jax.Array:
+def project(
+    x: jax.Array, kernel: jax.Array, *, num_contracted: int = 1, quantization: str = "none"
+) -> jax.Array:
     """Contracts the last dims of `x` with the first dims of `kernel`.
 
     Args:
         x: [..., *contracted].
         kernel: [*contracted, *out], same dtype; accumulates in float32 on every platform.
         num_contracted: how many dims are contracted.
+        quantization: `model.quantization`, of the output and the gradient of `x`. The gradient of
+            the kernel, a sum over tokens, is that of an unquantized product, in the dtype of `x`:
+            a scale over tokens would depend on how a batch is split.
 
     Returns:
         [..., *out], in the dtype of `x`.
     """
-    # Tokens of split sequences cannot be one dim without gathering them.
-    if current_platform() == "cpu" and not split_axes():
-        y = _project_cpu(x, kernel, num_contracted)
+    # XLA's CPU compiler makes the weight gradient of a 3-D x a transposing copy and a slow dot (a
+    # third of the speed); with the tokens flattened to one dim it is one fast matmul. Tokens of
+    # split sequences cannot be one dim without gathering them.
+    flat = current_platform() == "cpu" and not split_axes()
+    if flat or quantization != "none":
+        y = _project(x, kernel, num_contracted, quantization, flat)
     else:
-        y = _dot(x, kernel, num_contracted)
+        y = _output(x, kernel, num_contracted, quantization)
     return checkpoint_name(y, SAVED_NAME)
 
 
-def _dot(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
+def _output(x: jax.Array, kernel: jax.Array, n: int, quantization: str) -> jax.Array:
     dims = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
-    return jax.lax.dot_general(x, kernel, (dims, ((), ())))
+    return dots_of(quantization).output(x, kernel, dims)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _project_cpu(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
-    return _dot(x, kernel, n)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _project(x: jax.Array, kernel: jax.Array, n: int, quantization: str, flat: bool) -> jax.Array:
+    return _output(x, kernel, n, quantization)
 
 
-def _project_cpu_fwd(x: jax.Array, kernel: jax.Array, n: int):
-    return _dot(x, kernel, n), (x, kernel)
+def _project_fwd(x: jax.Array, kernel: jax.Array, n: int, quantization: str, flat: bool):
+    return _output(x, kernel, n, quantization), (x, kernel)
 
 
-def _project_cpu_bwd(n: int, saved: tuple[jax.Array, jax.Array], g: jax.Array):
-    # XLA's CPU compiler makes the weight gradient of a 3-D x a transposing copy and a slow dot (a
-    # third of the speed); with the tokens flattened to one dim it is one fast matmul.
+def _project_bwd(
+    n: int, quantization: str, flat: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array
+):
     x, kernel = saved
-    num_out = kernel.ndim - n
+    num_tokens, num_out = x.ndim - n, kernel.ndim - n
     out_dims = tuple(range(g.ndim - num_out, g.ndim)), tuple(range(n, kernel.ndim))
-    dx = jax.lax.dot_general(g, kernel, (out_dims, ((), ())))
-    x_2d = x.reshape(-1, math.prod(kernel.shape[:n]))
-    g_2d = g.reshape(-1, math.prod(kernel.shape[n:]))
-    return dx, (x_2d.T @ g_2d).reshape(kernel.shape)
+    dx = dots_of(quantization).input_gradient(g, kernel, out_dims)
+    if flat:
+        x_2d = x.reshape(-1, math.prod(kernel.shape[:n]))
+        g_2d = g.reshape(-1, math.prod(kernel.shape[n:]))
+        return dx, (x_2d.T @ g_2d).reshape(kernel.shape)
+    tokens = tuple(range(num_tokens))
+    return dx, jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
 
 
-_project_cpu.defvjp(_project_cpu_fwd, _project_cpu_bwd)
+_project.defvjp(_project_fwd, _project_bwd)
 
 
 def grouped_project(x_RD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -101,9 +113,16 @@ class Projection(nnx.Module):
         init: Initializer,
         dtype: str,
         rngs: nnx.Rngs,
+        quantization: str = "none",
     ) -> None:
-        """Makes the kernel [*in_shape, *out_shape] and, if asked, the bias [*out_shape]."""
+        """Makes the kernel [*in_shape, *out_shape] and, if asked, the bias [*out_shape].
+
+        Raises:
+            ConfigError: what `quantization` needs is not installed.
+        """
         self.num_contracted = len(in_shape)
+        self.quantization = quantization
+        dots_of(quantization)  # Refuses here, before anything is trained or written.
         self.kernel = param(rngs, (*in_shape, *out_shape), axes, init=init, dtype=dtype)
         out_axes = axes[len(in_shape) :]
         # A bias on the residual stream is a vector like a norm's scale: not worth sharding.
@@ -113,11 +132,14 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., *in_shape] to [..., *out_shape]."""
         kernel, tape = self.kernel[...].astype(x.dtype), _tape.get()
-        if tape is None:
-            y = project(x, kernel, num_contracted=self.num_contracted)
-        else:
-            y = tape.project(self, x, kernel)
+        y = self.multiply(x, kernel) if tape is None else tape.project(self, x, kernel)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def multiply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """`project` with this kernel, its bias left out."""
+        return project(
+            x, kernel, num_contracted=self.num_contracted, quantization=self.quantization
+        )
 
 
 def dot_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -165,8 +187,7 @@ class Tape:
         """What the projection does; its kernel's gradient is zero, its output's is the tap's."""
         name = self._names[id(projection)]
         assert name not in self._inputs, f"{name} is used twice in a layer"
-        kernel = jax.lax.stop_gradient(kernel)
-        y = project(x, kernel, num_contracted=projection.num_contracted)
+        y = projection.multiply(x, jax.lax.stop_gradient(kernel))
         self._inputs[name] = x
         if name in self._taps:
             return _tapped(y, self._taps[name])

@@ -25,7 +25,12 @@ from spmd_train.config import (
     ShardingConfig,
     TrainConfig,
 )
-from spmd_train.optim import ema_update, make_optimizer, make_schedule
+from spmd_train.optim import (
+    apply_updates_stochastically,
+    ema_update,
+    make_optimizer,
+    make_schedule,
+)
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
 from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
 from spmd_train.parallel.sequence import check_sequence, place
@@ -187,7 +192,11 @@ def make_program(
                 )
             with jax.named_scope("optimizer"):
                 updates, opt_state = transform.update(grads, state.opt_state, state.params)
-                params: Any = optax.apply_updates(state.params, updates)
+                params: Any = (
+                    apply_updates_stochastically(state.params, updates, key=key)
+                    if optimizer.stochastic_rounding
+                    else optax.apply_updates(state.params, updates)
+                )
                 ema = state.ema
                 if ema is not None:
                     ema = ema_update(ema, params, decay=optimizer.ema_decay, step=state.step)

@@ -1,0 +1,102 @@
+"""Trains one model under every precision policy, and writes the table of docs/precision.md.
+
+    python scripts/precision_runs.py --page=docs/precision.md
+
+The model is configs/lm_tiny.py on this Python's standard library; all runs have the same seed but
+for the last, which shows what another seed alone makes of the loss. What lies finished in --out is
+not trained again.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+
+BEGIN, END = "<!-- begin: make precision-table -->", "<!-- end -->"
+NEAREST = (
+    "--config.model.compute_dtype=bfloat16",
+    "--config.model.param_dtype=bfloat16",
+    "--config.optimizer.state_dtype=bfloat16",
+)
+RUNS = {
+    **{
+        name: (f"--config.precision={name}",)
+        for name in ("float32", "bf16", "bf16_moments", "bf16_params", "int8", "fp8")
+    },
+    "bf16_params, rounded to nearest": NEAREST,
+    "float32, another seed": ("--config.precision=float32", "--config.train.seed=1"),
+}
+LAST = 0.1
+"""Share of the steps, at the end, over which the training loss is averaged."""
+
+
+def train(words, *, num_steps, workdir):
+    """Runs `spmd-train train`, which says so where the run is finished already."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "spmd_train", "train", "--config=configs/lm_tiny.py"),
+            f"--workdir={workdir}",
+            f"--config.train.num_steps={num_steps}",
+            f"--config.train.eval_every={num_steps}",
+            "--config.train.checkpoint_every=100",
+            "--config.train.log_every=1",
+            "--config.sample.prompt=",
+            *words,
+        ],
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def losses(workdir, *, num_steps):
+    """Mean training loss of the last steps, and the evaluation's at the end; nats per token."""
+    found = {"train": {}, "eval": {}}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["split"] in found and "loss" in record:
+            found[record["split"]][record["step"]] = record["loss"]
+    last = [loss for step, loss in found["train"].items() if step > num_steps * (1 - LAST)]
+    return sum(last) / len(last), found["eval"][num_steps]
+
+
+def table(results, *, num_steps):
+    yield "| policy | training loss | evaluation loss | gap to float32 |"
+    yield "| --- | ---: | ---: | ---: |"
+    base = results["float32"][1]
+    for name, (training, evaluation) in results.items():
+        gap = "" if name == "float32" else f"{evaluation - base:+.4f}"
+        yield f"| {name} | {training:.4f} | {evaluation:.4f} | {gap} |"
+    yield ""
+    yield (
+        f"Nats per byte after {num_steps} steps of `configs/lm_tiny.py`; the training loss is the "
+        f"mean of the last {num_steps * LAST:.0f} steps. {platform.machine()} CPU, "
+        f"{os.cpu_count()} cores, jax {jax.__version__}, Python {platform.python_version()}."
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=pathlib.Path, help="page whose table is written anew")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/precision"))
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    results = {}
+    for name, words in RUNS.items():
+        workdir = args.out / name.replace(", ", "-").replace(" ", "_")
+        train(words, num_steps=args.steps, workdir=workdir)
+        results[name] = losses(workdir, num_steps=args.steps)
+    text = "\n".join(table(results, num_steps=args.steps))
+    print(text)
+    if args.page:
+        head, _, rest = args.page.read_text().partition(BEGIN)
+        tail = rest.partition(END)[2]
+        args.page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
