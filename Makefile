@@ -1,5 +1,5 @@
 # make train | test | test-slow | test-reference | test-plan-tpu | test-plan-cuda | plan-table | lint
-#      | wire-table | precision-table | format | bench | bench-saves | chaos | clean
+#      | wire-table | precision-table | format | bench | bench-peers | bench-saves | chaos | clean
 # A newcomer needs git, make and Python >= 3.11 with venv; everything else is installed into .venv.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/tiny
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-slow test-reference test-plan-tpu test-plan-cuda plan-table wire-table precision-table lint format bench bench-saves chaos lock clean
+.PHONY: train test test-slow test-reference test-plan-tpu test-plan-cuda plan-table wire-table precision-table lint format bench bench-peers bench-saves chaos lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -50,15 +50,21 @@ lint: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck scripts/*.sh scripts/slurm.sbatch .ci/run
+	$(BIN)/shellcheck scripts/*.sh scripts/peers/*.sh scripts/slurm.sbatch .ci/run
 	$(BIN)/python scripts/check_k8s.py scripts/k8s/*.yaml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.train
-	$(BIN)/python scripts/bench.py
+# The trainer and its peers in turn: docs/speed.md. An hour with all peers; PEERS=bare_jax: minutes.
+PEERS ?= all
+bench: $(VENV)/.train $(if $(filter all,$(PEERS)),bench-peers)
+	$(BIN)/python scripts/bench.py --peers=$(PEERS)
+
+# PyTorch, TensorFlow and Horovod, each in a venv of its own below .venv-peers: about 3 GB.
+bench-peers:
+	scripts/peers/install.sh $(PYTHON)
 
 # What a checkpoint each 50 steps costs the 100M config: the report's line on saves. Some minutes.
 SAVES ?= runs/saves

@@ -1,28 +1,22 @@
 """What `make bench` compares is the same training: equal losses, and a difference is noticed."""
 
-import importlib.util
+import dataclasses
 import json
 import math
 import pathlib
-import sys
+import xml.etree.ElementTree
 
+import bare_jax
+import bench
+import bench_peers
+import bench_report
+import jax
 import numpy as np
 import pytest
+from problem import one_segment, plain_params, read_batches, read_config
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load("bench")
-bare_jax = load("bare_jax")
 
 NUM_STEPS = 5
 SHAPE = bench.Shape(
@@ -52,10 +46,9 @@ def problem(tmp_path_factory):
 
 
 def bare_losses(problem, **changes) -> np.ndarray:
-    config = json.loads((problem / "config.json").read_text())
+    config, batches = read_config(problem), read_batches(problem)
     config["optimizer"] |= changes
-    batches = dict(np.load(problem / "batches.npz"))
-    assert batches["segment_ids"].max() > 1
+    assert not one_segment(batches)
     losses = {}
     bare_jax.train(
         config,
@@ -74,9 +67,10 @@ def losses(problem):
 
 
 def test_bench_math_both_sides_have_equal_losses(problem, losses, tmp_path):
-    difference = bench.check_losses(problem, tmp_path, num_steps=NUM_STEPS)
+    difference = bench.check_losses(
+        problem, tmp_path, num_steps=NUM_STEPS, peers=["bare_jax", "trainer_one"]
+    )
     assert difference <= bench.LOSS_TOLERANCE
-    print(difference)
     metrics = (tmp_path / "trainer" / "metrics.jsonl").read_text().splitlines()
     trainer = [json.loads(line)["loss"] for line in metrics]
     np.testing.assert_allclose(trainer, losses, rtol=bench.LOSS_TOLERANCE)
@@ -90,17 +84,93 @@ def test_bench_math_another_optimizer_is_noticed(problem, losses, change):
     assert np.max(np.abs(changed / losses - 1)) > 2 * bench.LOSS_TOLERANCE
 
 
+def write_peer(monkeypatch, tmp_path, losses, *, module="json"):
+    """A peer of the interface that all have: its losses are given, its steps take no time."""
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import json, pathlib, sys, time\n"
+        f"folder, losses = pathlib.Path(sys.argv[1]), {list(map(float, losses))}\n"
+        "folder.mkdir()\n"
+        "lines = [json.dumps({'step': step + 1, 'loss': x, 'time': time.time()}) + '\\n'\n"
+        "         for step, x in enumerate(losses)]\n"
+        "(folder / 'metrics.jsonl').write_text(''.join(lines))\n"
+    )
+    peer = bench_peers.Peer("Other", lambda job: [str(script), str(job.workdir)], module)
+    monkeypatch.setitem(bench_peers.PEERS, "other", peer)
+    return peer
+
+
+def test_bench_math_a_peer_of_other_math_is_refused(problem, losses, monkeypatch, tmp_path):
+    write_peer(monkeypatch, tmp_path, losses)
+    given = {"num_steps": NUM_STEPS, "peers": ["other"]}
+    # The trainer's side is the bare loop here: the run before has shown them to be equal.
+    monkeypatch.setitem(bench_peers.PEERS, "trainer", bench_peers.PEERS["other"])
+    assert bench.check_losses(problem, tmp_path / "same", **given) == 0
+    changed = losses * (1 + 2 * bench.LOSS_TOLERANCE)
+    (tmp_path / "changed").mkdir()
+    write_peer(monkeypatch, tmp_path / "changed", changed)
+    with pytest.raises(SystemExit, match="not the same math"):
+        bench.check_losses(problem, tmp_path / "other", **given)
+
+
+def test_bench_math_a_peer_that_fails_shows_its_log(problem, monkeypatch, tmp_path):
+    write_peer(monkeypatch, tmp_path, [1.0])  # stops after one step
+    with pytest.raises(SystemExit, match="other: exit 0"):
+        bench_peers.run("other", bench_peers.Job(problem, tmp_path / "run", 2, log_every=1))
+
+
+@pytest.mark.parametrize("name", bench_peers.PEERS)
+def test_bench_math_every_peer_is_handed_the_job(name, tmp_path):
+    job = bench_peers.Job(tmp_path / "problem", tmp_path / "work", 7, log_every=3)
+    line = " ".join(bench_peers.PEERS[name].arguments(job))
+    for part in (f"{tmp_path}/problem", f"--workdir={tmp_path}/work", "num_steps=7", "log_every=3"):
+        assert part in line
+    scripts = [word for word in line.split() if word.endswith(".py")]
+    assert all(pathlib.Path(script).exists() for script in scripts)
+
+
+def test_bench_math_a_missing_peer_says_why(monkeypatch, tmp_path):
+    peer = write_peer(monkeypatch, tmp_path, [], module="no_such_module")
+    with pytest.raises(ImportError, match="No module named 'no_such_module'"):
+        bench_peers.version_of(peer)
+    assert bench_peers.version_of(bench_peers.PEERS["bare_jax"]) == jax.__version__
+    nowhere = dataclasses.replace(peer, venv="nowhere")
+    with pytest.raises(ImportError, match="make bench-peers"):
+        bench_peers.version_of(nowhere)
+
+
+def test_bench_math_plain_params_keep_every_number(problem):
+    weights = dict(np.load(problem / "weights.npz"))
+    params = plain_params(weights)
+    leaves = jax.tree.leaves(params)
+    assert sum(leaf.size for leaf in leaves) == sum(w.size for w in weights.values())
+    x_D = np.ones(SHAPE.embed_dim, np.float32)
+    for i, layer in enumerate(params["layers"]):
+        q_HK = np.einsum("d,dhk->hk", x_D, weights["blocks/attention/query/kernel"][i])
+        np.testing.assert_allclose(x_D @ layer["query"], q_HK.ravel(), rtol=1e-5, atol=1e-6)
+
+
 def test_bench_math_ratios_pair_the_rounds():
     def rounds(*rates):
         return [{"tokens_per_second": r, "cpu_seconds_per_step": 100 / r} for r in rates]
 
     # The machine got slower and slower: within each round the trainer was the faster by a tenth.
     results = {"trainer": rounds(110, 55, 22), "bare_jax": rounds(100, 50, 20)}
-    summary = bench.summarize(results)
-    assert summary["trainer_over_bare_jax"] == pytest.approx(
+    summary = bench_report.summarize(results)
+    assert summary["bare_jax"]["trainer_over"] == pytest.approx(
         {"median": 1.1, "min": 1.1, "max": 1.1}
     )
-    assert summary["peers"]["trainer"]["tokens_per_second"]["median"] == 55
-    answer = {"machine": {"cpu": "x"}, "shapes": {"S": summary | {"loss_difference": 1e-7}}}
-    row = bench.markdown(answer).splitlines()[2]
-    assert row.startswith("| S | 1.100 (1.100 to 1.100) | 0.909")
+    assert summary["trainer"]["tokens_per_second"]["median"] == 55
+    answer = {
+        "machine": {"cpu": "x"},
+        "labels": {name: peer.label for name, peer in bench_peers.PEERS.items()},
+        "missing": {"horovod": "does not build"},
+        "shapes": {"S": {"peers": summary, "rounds": results, "loss_difference": 1e-7}},
+    }
+    rows = bench_report.markdown(answer).splitlines()
+    assert rows[2] == "| **spmd-train, 2 devices** |  | 55 (22 to 110) |"
+    assert rows[3] == "| bare JAX | 1.100 (1.100 to 1.100) | 50 (20 to 100) |"
+    assert rows[4].startswith("| Horovod, 2 processes | not run: does not build |")
+    svg = xml.etree.ElementTree.fromstring(bench_report.plot(answer))
+    bars = [float(e.get("width")) for e in svg.findall("{*}rect")[1:]]
+    assert bars[0] / bars[1] == pytest.approx(1.1, rel=1e-2)

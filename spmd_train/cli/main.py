@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from spmd_train.cli.config_flags import split_overrides, unknown_argument
+from spmd_train.cli.huge_pages import ask_for_huge_pages
 from spmd_train.cli.verbs import VERBS, Flag, Verb
 from spmd_train.config import ConfigError, load_config, parse
 
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0 done, 2 the user's mistake, 130 interrupted, or what the verb says.
     """
     started = time.time()
+    if argv is None:
+        ask_for_huge_pages()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )

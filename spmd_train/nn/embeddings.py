@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spmd_train.config import RopeConfig
+from spmd_train.nn.cpu import computed_once
 from spmd_train.nn.params import normal, param
 from spmd_train.parallel.manual import columns_to_keep, take_rows
 from spmd_train.parallel.rules import unshard
@@ -68,7 +69,7 @@ def rope_angles(
     """Cosine and sine of each position's angles, float32 [B, T, 1, head_dim / 2]."""
     frequency = rope_frequencies(config, head_dim=head_dim)
     angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    return computed_once(jnp.cos(angle)), computed_once(jnp.sin(angle))
 
 
 def apply_rope(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

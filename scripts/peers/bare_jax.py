@@ -4,7 +4,7 @@ No Flax, no config system, no data pipeline, no checkpoints: functions, one jit 
 loop over batches that lie in memory. Knows what a good CPU program wants: tokens in one dim for the
 matmuls, heads before tokens and causal blocks of queries in attention, layers unrolled.
 
-    python scripts/bare_jax.py PROBLEM_DIR --workdir=DIR --num_steps=40 --log_every=10
+    python scripts/peers/bare_jax.py PROBLEM_DIR --workdir=DIR --num_steps=40 --log_every=10
 
 PROBLEM_DIR is made by bench.py: config.json, weights.npz, batches.npz. Writes DIR/metrics.jsonl.
 
@@ -13,11 +13,7 @@ Shape suffixes: B batch, T tokens of a sequence, N = B * T, D width, H heads, K 
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problem
 
 QUERY_BLOCK = 128
-NOT_DECAYED = {"embedding", "attention_norm", "mlp_norm", "final_norm"}
 
 
 def rms_norm(x, scale, epsilon):
@@ -93,25 +89,6 @@ def mean_loss(params, batch, model):
     return jnp.sum(losses_N * weights_N) / jnp.sum(weights_N)
 
 
-def own_params(weights: dict[str, np.ndarray], num_layers: int) -> dict[str, Any]:
-    """The trainer's weights in this file's form: a dict for each layer, matrices in two dims."""
-    heads_in = {name: f"attention/{name}/kernel" for name in ("query", "key", "value")}
-    names = {name: f"mlp/{name}/kernel" for name in ("gate", "up", "down")} | heads_in
-    stacked = {name: weights[f"blocks/{path}"] for name, path in names.items()}
-    stacked = {name: w.reshape(*w.shape[:2], -1) for name, w in stacked.items()}
-    out = weights["blocks/attention/out/kernel"]
-    stacked["out"] = out.reshape(num_layers, -1, out.shape[-1])
-    for name in ("attention_norm", "mlp_norm"):
-        stacked[name] = weights[f"blocks/{name}/scale"]
-    params = {
-        "embedding": weights["embedding/table"],
-        "layers": [{name: w[i] for name, w in stacked.items()} for i in range(num_layers)],
-        "final_norm": weights["final_norm/scale"],
-        "head": weights["head/kernel"],
-    }
-    return jax.tree.map(jnp.asarray, params)
-
-
 def train(
     config: dict[str, Any],
     weights: dict[str, np.ndarray],
@@ -123,8 +100,10 @@ def train(
 ) -> None:
     """Trains; calls `log(step, loss)` for step 1 and every `log_every`-th."""
     model, optimizer = config["model"], config["optimizer"]
-    params = own_params(weights, model["num_layers"])
-    decayed = jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key not in NOT_DECAYED, params)
+    params = jax.tree.map(jnp.asarray, problem.plain_params(weights))
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda p, _: p[-1].key not in problem.NOT_DECAYED, params
+    )
     transform = optax.chain(
         optax.clip_by_global_norm(optimizer["clip_norm"]),
         optax.adamw(
@@ -150,33 +129,21 @@ def train(
         params, opt_state, loss = train_step(params, opt_state, batch)
         if pending is not None:  # Read while the next step runs.
             log(pending[0], float(pending[1]))
-        pending = (step, loss) if step == 1 or step % log_every == 0 else None
+        pending = (step, loss) if problem.is_logged(step, log_every) else None
     if pending is not None:
         log(pending[0], float(pending[1]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("problem", type=pathlib.Path)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--num_steps", type=int, required=True)
-    parser.add_argument("--log_every", type=int, required=True)
-    args = parser.parse_args()
-    args.workdir.mkdir(parents=True)
-    with (args.workdir / "metrics.jsonl").open("w") as file:
-
-        def log(step: int, loss: float) -> None:
-            line = {"step": step, "split": "train", "loss": loss, "time": time.time()}
-            print(json.dumps(line), file=file, flush=True)
-
-        train(
-            json.loads((args.problem / "config.json").read_text()),
-            dict(np.load(args.problem / "weights.npz")),
-            dict(np.load(args.problem / "batches.npz")),
-            num_steps=args.num_steps,
-            log_every=args.log_every,
-            log=log,
-        )
+    args = problem.parse_arguments(__doc__)
+    train(
+        problem.read_config(args.problem),
+        dict(np.load(args.problem / "weights.npz")),
+        problem.read_batches(args.problem),
+        num_steps=args.num_steps,
+        log_every=args.log_every,
+        log=problem.Log(args.workdir),
+    )
 
 
 if __name__ == "__main__":

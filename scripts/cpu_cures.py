@@ -1,0 +1,124 @@
+"""What each thing that is done for XLA's CPU compiler is worth: a train step without it.
+
+    python scripts/cpu_cures.py --shape=S --cores=1
+
+Each row is a process of its own that trains the bench's problem with one cure left out. The CPU
+time of one core hardly depends on what else the machine does; --cores=2 tells how two are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from types import ModuleType
+from typing import Any
+
+import bench
+import jax
+import numpy as np
+
+from spmd_train import cluster, experiment
+from spmd_train.config import load_config, parse
+from spmd_train.nn import attention, embeddings, projection
+
+CURES = {
+    "huge pages for the step's temporaries": "pages",
+    "angles of RoPE computed once": "rope",
+    "kernel gradients with the tokens in one dim": "gradients",
+    "causal attention by blocks of queries": "blocks",
+    "XLA's YNNPACK fusions off": "ynnpack",
+    "layers unrolled (`model.scan_unroll`)": "unrolled",
+}
+WARM_STEPS = 2
+
+
+def leave_out(cure: str) -> None:
+    """Undoes a cure in this process; those of the environment and the config are elsewhere."""
+    if cure == "rope":
+        _replace(embeddings, "computed_once", lambda x: x)
+    elif cure == "gradients":
+        _replace(projection, "split_axes", lambda: True)  # of which no tokens may be joined
+    elif cure == "blocks":
+        attention.QUERY_BLOCK["cpu"] = sys.maxsize
+    elif cure == "ynnpack":
+        cluster.CPU_FLAGS.clear()
+
+
+def _replace(module: ModuleType, name: str, value: Any) -> None:
+    assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+    setattr(module, name, value)
+
+
+def measure(problem: pathlib.Path, *, without: str, num_steps: int) -> dict[str, float]:
+    """Trains in this process; seconds a step: the least CPU time, the median of the clock."""
+    leave_out(without)
+    cluster.start()
+    overrides = [("model.scan_unroll", "1")] if without == "unrolled" else []
+    config = parse(load_config(str(problem / "config.json"), overrides))
+    program = experiment.build(config).program
+    state = program.init(config.train.seed)
+    dataset = experiment.open_data(config, split="train")
+    records = []
+    for step in range(num_steps):
+        batch = dataset.batch(step, global_batch_size=config.train.global_batch_size)
+        batch = {name: batch[name] for name in program.abstract_batch}
+        begin, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+        state, _ = jax.block_until_ready(program.train_step(state, batch))
+        now, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - begin
+        cpu_seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+        records.append((cpu_seconds, seconds, now.ru_minflt - used.ru_minflt))
+    cpu_seconds, seconds, faults = np.array(records[WARM_STEPS:]).T
+    return {
+        "cpu_seconds": float(cpu_seconds.min()),
+        "seconds": float(np.median(seconds)),
+        "page_faults": float(np.median(faults)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", default="S", choices=bench.SHAPES)
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--num_steps", type=int, default=10)
+    parser.add_argument("--problem", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--without", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.problem:
+        answer = measure(args.problem, without=args.without, num_steps=args.num_steps)
+        print(json.dumps(answer))
+        return
+    os.sched_setaffinity(0, list(os.sched_getaffinity(0))[: args.cores])
+    print(f"| {args.shape}, {args.cores} core | CPU s a step | s a step | page faults a step |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        problem = pathlib.Path(folder) / "problem"
+        bench.make_problem(problem, bench.SHAPES[args.shape], num_steps=1)
+        for name, cure in {"all of them": "", **CURES}.items():
+            pages = 0 if cure == "pages" else 1
+            environment = os.environ | {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={pages}"}
+            flags = [f"--problem={problem}", f"--without={cure}", f"--num_steps={args.num_steps}"]
+            done = subprocess.run(
+                [sys.executable, __file__, *flags],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            cells = json.loads(done.stdout.splitlines()[-1])
+            words = name if not cure else f"without {name}"
+            print(
+                f"| {words} | {cells['cpu_seconds']:.3f} | {cells['seconds']:.3f} "
+                f"| {cells['page_faults']:,.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
