@@ -65,7 +65,12 @@ POINTS = (
         "Llama-2-7B, fsdp 16 x tensor 4, 1 x 4,096, remat full",
         "llama2_7b.py",
         "v5p:4x4x4",
-        ("train.global_batch_size=64", "mesh.fsdp=16", "mesh.tensor=4"),
+        (
+            "train.global_batch_size=64",
+            "mesh.fsdp=16",
+            "mesh.tensor=4",
+            "sharding.rules.residual_sequence=tensor",
+        ),
         4.78,
         4.42,
         62.2,
