@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from spmd_train import cluster
+from spmd_train.xla_flags import FLAGS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VENVS = ROOT / ".venv-peers"
@@ -82,7 +83,7 @@ _JAX = {
     "PYTHONPATH": str(ROOT),
     "JAX_COMPILATION_CACHE_DIR": str(cluster.cache_home() / "xla"),
 }
-_XLA_FLAGS = " ".join(f"--{name}={value}" for name, value in cluster.CPU_FLAGS.items())
+_XLA_FLAGS = " ".join(f"--{name}={flag.value}" for name, flag in FLAGS["cpu"].items())
 
 PEERS = {
     "trainer": Peer(

@@ -24,7 +24,7 @@ import bench
 import jax
 import numpy as np
 
-from spmd_train import cluster, experiment
+from spmd_train import cluster, experiment, xla_flags
 from spmd_train.config import load_config, parse
 from spmd_train.nn import attention, embeddings, projection
 
@@ -48,7 +48,7 @@ def leave_out(cure: str) -> None:
     elif cure == "blocks":
         attention.QUERY_BLOCK["cpu"] = sys.maxsize
     elif cure == "ynnpack":
-        cluster.CPU_FLAGS.clear()
+        xla_flags.FLAGS["cpu"].clear()
 
 
 def _replace(module: ModuleType, name: str, value: Any) -> None:

@@ -28,15 +28,9 @@ import jax
 from jax._src.distributed import global_state  # Its barrier has no public name.
 
 from spmd_train.config import ConfigError
+from spmd_train.xla_flags import set_flags
 
 log = logging.getLogger(__name__)
-
-# YNNPACK fusions, on by default since jaxlib 0.10, are slower than Eigen's matmuls in a train step.
-CPU_FLAGS = {
-    "xla_cpu_experimental_ynn_fusion_type": (
-        "-individual_dot,-individual_convolution,-dot,-reduce,-eltwise"
-    ),
-}
 
 
 def cache_home() -> Path:
@@ -315,7 +309,7 @@ def _obey_supervisor() -> None:
 def start(*, simulate_devices: int | None = None) -> None:
     """Sets JAX up for this process.
 
-    XLA flags that the user set in `XLA_FLAGS`, and a compilation cache named in
+    XLA's flags are those of `xla_flags`; what the user set, and a compilation cache named in
     `JAX_COMPILATION_CACHE_DIR`, are left as they are.
 
     Args:
@@ -325,9 +319,7 @@ def start(*, simulate_devices: int | None = None) -> None:
         ConfigError: JAX has already started with another number of devices.
     """
     _obey_supervisor()
-    given = os.environ.get("XLA_FLAGS", "")
-    ours = [f"--{name}={value}" for name, value in CPU_FLAGS.items() if name not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
+    set_flags()
     if simulate_devices is not None:
         if simulate_devices < 1:
             raise ConfigError(f"--simulate_devices: {simulate_devices}; allowed: 1 or more")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from spmd_train.train.bad_numbers import BadStepError, Rollbacks, write_bundle
 from spmd_train.train.loop import run_loop
 from spmd_train.train.preemption import StopNotice
 from spmd_train.train.state import TrainState
+from spmd_train.xla_flags import flags_in_force
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,9 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     goodput = Goodput(workdir if leader else None, age=age)
     _check_same_config(config)
     experiment = build(config)
+    flags = flags_in_force(jax.default_backend(), os.environ)
+    if leader and flags:
+        log.info("XLA flags: %s", " ".join(f"--{name}={value}" for name, value in flags.items()))
     if jax.process_count() > 1:
         with goodput.span("compile"):
             lowered = experiment.program.lower_train_step()

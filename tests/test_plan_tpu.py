@@ -45,3 +45,12 @@ def test_plan_tpu_that_does_not_fit():
     )
     assert told["fits"] is False
     assert told["per_device"]["peak_bytes"] > told["hbm_bytes"]
+
+
+def test_plan_tpu_gathers_while_it_computes():
+    wide = ("--config.model.embed_dim=1024", "--config.model.mlp_dim=4096")
+    words = (*wide, "--config.model.num_heads=8", "--config.data.sequence_length=1024")
+    words += ("--target=v5p:2x2x1", "--config.model.remat=full")
+    told = plan(*words)
+    gathered = sum(r["wire_bytes"] for r in told["collectives"] if r["op"] == "all-gather")
+    assert told["details"]["async_wire_bytes"] > 0.5 * gathered

@@ -21,6 +21,7 @@ from spmd_train import cluster
 from spmd_train.config import ConfigError
 from spmd_train.plan.gpu_specs import gpu_target_config
 from spmd_train.plan.targets import TPUS, Target
+from spmd_train.xla_flags import flags_in_force
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,15 @@ def open_target(target: Target) -> Iterator[list[Any]]:
 
 
 def compiler_options(target: Target) -> Mapping[str, Any]:
-    """XLA's options that a target needs because its hardware is not here."""
-    if target.platform != "gpu":
-        return {}
-    # Autotuning times kernels on the device.
-    return {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(_cuda_home())}
+    """XLA's options by name: those that training sets, and what hardware that is not here needs."""
+    if target.platform == "tpu":
+        words = {"true": True, "false": False}
+        flags = flags_in_force("tpu", os.environ)
+        return {name: words.get(value, value) for name, value in flags.items()}
+    if target.platform == "gpu":
+        # Autotuning times kernels on the device.
+        return {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(_cuda_home())}
+    return {}
 
 
 @contextlib.contextmanager

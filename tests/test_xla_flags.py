@@ -1,0 +1,53 @@
+"""The table of XLA's flags, and whose value counts."""
+
+import os
+
+import pytest
+
+from spmd_train import xla_flags
+from spmd_train.plan.targets import parse_target
+from spmd_train.plan.topologies import compiler_options
+
+ASYNC = "xla_enable_async_all_gather"
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    for name in (*xla_flags.VARIABLES.values(), "SPMD_TRAIN_XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_xla_flags_are_set_where_the_user_has_not(environ):
+    environ.setenv("LIBTPU_INIT_ARGS", f"--xla_other=1 --{ASYNC}=false")
+    xla_flags.set_flags()
+    once = {name: os.environ[name] for name in xla_flags.VARIABLES.values()}
+    words = once["LIBTPU_INIT_ARGS"].split()
+    assert words[:2] == ["--xla_other=1", f"--{ASYNC}=false"]
+    assert sorted(word.partition("=")[0] for word in words[1:]) == sorted(
+        f"--{name}" for name in xla_flags.FLAGS["tpu"]
+    )
+    assert "--xla_cpu_experimental_ynn_fusion_type=-individual_dot" in once["XLA_FLAGS"]
+    xla_flags.set_flags()
+    assert once == {name: os.environ[name] for name in xla_flags.VARIABLES.values()}
+
+
+def test_xla_flags_can_be_switched_off(environ):
+    environ.setenv("SPMD_TRAIN_XLA_FLAGS", "off")
+    xla_flags.set_flags()
+    assert [os.environ[name] for name in xla_flags.VARIABLES.values()] == ["", ""]
+    assert compiler_options(parse_target("v5p:2x2x1")) == {}
+
+
+def test_xla_flags_of_a_plan_are_those_of_training(environ):
+    environ.setenv("LIBTPU_INIT_ARGS", f"--{ASYNC}=false")
+    options = compiler_options(parse_target("v5p:2x2x1"))
+    assert options.keys() == xla_flags.FLAGS["tpu"].keys()
+    assert options.pop(ASYNC) is False and set(options.values()) == {True}
+    assert compiler_options(parse_target("cpu:8")) == {}
+
+
+def test_xla_flags_all_say_why_and_who():
+    for flags in xla_flags.FLAGS.values():
+        for name, flag in flags.items():
+            assert name.startswith("xla_") and flag.why and flag.source
