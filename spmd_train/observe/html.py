@@ -146,6 +146,8 @@ def line_chart(
                 f"<path d='M{at_x(x):.1f} {_TOP}V{_HEIGHT - _BOTTOM}' stroke='#a40000' "
                 f"stroke-dasharray='3 3'><title>restart at step {_short(x)}</title></path>"
             )
+    # Where lines seldom are: what grows with the size begins at the lower left.
+    legend, anchor = (_LEFT + 8, "start") if logarithmic else (_WIDTH - _RIGHT - 4, "end")
     for i, (name, points) in enumerate(drawn.items()):
         color = COLORS[i % len(COLORS)]
         path, pen = [], "M"
@@ -164,7 +166,7 @@ def line_chart(
                 if _drawable(y):
                     yield f"<circle cx='{at_x(x):.1f}' cy='{at_y(y):.1f}' r='2.5' fill='{color}'/>"
         yield (
-            f"<text x='{_WIDTH - _RIGHT - 4}' y='{_TOP + 12 + 14 * i}' text-anchor='end' "
+            f"<text x='{legend}' y='{_TOP + 12 + 14 * i}' text-anchor='{anchor}' "
             f"fill='{color}'>{html.escape(name)}</text>"
         )
     yield "</svg>"
