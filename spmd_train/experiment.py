@@ -15,11 +15,13 @@ import jax
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
+from spmd_train.nn.attention import check_attention
 from spmd_train.observe import (
     log_examples,
 )
 from spmd_train.parallel.batches import HostBatch, put_batch, rows_here
 from spmd_train.parallel.mesh import make_mesh
+from spmd_train.parallel.rules import use_layout
 from spmd_train.parallel.sequence import check_heads
 from spmd_train.tasks import Batch, Task, make_task
 from spmd_train.train.evaluate import evaluate, with_bits_per_byte
@@ -99,6 +101,8 @@ def build(config: ExperimentConfig, *, devices: Sequence[Any] | None = None) -> 
         pipeline=config.pipeline,
     )
     check_heads(config.model.num_heads, config.model.resolved_kv_heads, program.layout)
+    with use_layout(program.layout):
+        check_attention(config.model, length=config.data.sequence_length)
     return Experiment(config=config, task=task, program=program)
 
 

@@ -17,7 +17,8 @@ from helpers import (
 )
 from test_context_attention import plain
 
-from spmd_train.config import ConfigError, ShardingConfig
+from spmd_train.config import ConfigError, ShardingConfig, parse
+from spmd_train.experiment import build
 from spmd_train.inspect.hlo import clean_op_name
 from spmd_train.nn import flash
 from spmd_train.nn.attention import Tokens, attend
@@ -87,6 +88,16 @@ def test_flash_is_taken_where_a_kernel_can(monkeypatch):
         assert "pallas_call" not in traced("auto", **refused)
         with pytest.raises(ConfigError, match=why):
             traced("flash", **refused)
+
+
+def test_flash_that_cannot_be_is_refused_before_anything_is_written(monkeypatch):
+    keys = {"model": {"attention": "flash"}, "data": {"sequence_length": 256}}
+    with pytest.raises(ConfigError, match="there is none for cpu"):
+        build(parse(keys))
+    monkeypatch.setitem(flash.KERNELS, "cpu", KERNELS["splash"])
+    build(parse(keys))
+    with pytest.raises(ConfigError, match=r"mesh.context splits sequences"):
+        build(parse(keys | {"mesh": {"data": -1, "context": 2}}))
 
 
 GROUPS = dataclasses.replace(MODEL, num_kv_heads=2, remat="projections")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from spmd_train.config import ModelConfig
+from spmd_train.config import ConfigError, ModelConfig
 from spmd_train.nn.embeddings import apply_rope
 from spmd_train.nn.flash import flash_attend, flash_fits
 from spmd_train.nn.norms import RMSNorm
@@ -26,6 +26,23 @@ QUERY_BLOCK = {"cpu": 128, "gpu": 512, "tpu": 512}
 """Queries whose scores are computed at one time, by platform: less work is done for masked keys."""
 KEPT_SCORES = 1024
 """Longer sequences make the scores again in the backward pass: memory linear in the length."""
+
+
+def check_attention(config: ModelConfig, *, length: int) -> None:
+    """Refuses `model.attention = flash` where `attend` will not do it; needs the layout in use.
+
+    Raises:
+        ConfigError: there is no kernel for sequences of so many tokens, or they are split.
+    """
+    if config.attention != "flash":
+        return
+    if split_axes():
+        raise ConfigError(
+            "model.attention=flash: mesh.context splits sequences, which context.method attends "
+            "to; take auto"
+        )
+    scoring = {"softcap": config.attention_softcap, "window": config.sliding_window}
+    flash_fits(length, needed=True, **scoring)
 
 
 def attend(
