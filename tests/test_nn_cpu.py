@@ -26,7 +26,7 @@ def num_cosines(monkeypatch, platform):
 
 def test_nn_cpu_angles_are_computed_once(monkeypatch):
     assert num_cosines(monkeypatch, "cpu") == 1
-    assert num_cosines(monkeypatch, "tpu") == 2
+    assert num_cosines(monkeypatch, "tpu") > 1
 
 
 def test_nn_cpu_computed_once_is_exact_and_differentiable():
