@@ -1,6 +1,7 @@
 """The platforms' attention kernels, interpreted on CPU, against plain JAX; and who gets them."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ from test_context_attention import plain
 from spmd_train.config import ConfigError, ShardingConfig, parse
 from spmd_train.experiment import build
 from spmd_train.inspect.hlo import clean_op_name
-from spmd_train.nn import flash
+from spmd_train.nn import attention_kernels, flash
 from spmd_train.nn.attention import Tokens, attend
+from spmd_train.nn.attention_kernels import Splash, Triton, kernel_flops
 from spmd_train.plan.dot_flops import told_flops
 
-KERNELS = {"splash": flash.Splash(interpret=True), "triton": flash.Triton(interpret=True)}
+KERNELS = {"splash": Splash(interpret=True), "triton": Triton(interpret=True)}
 CASES = {
     "splash": ("splash", 4, {}),
     "splash-groups": ("splash", 2, {}),
@@ -88,6 +90,14 @@ def test_flash_is_taken_where_a_kernel_can(monkeypatch):
         assert "pallas_call" not in traced("auto", **refused)
         with pytest.raises(ConfigError, match=why):
             traced("flash", **refused)
+
+
+@pytest.mark.parametrize(("capability", "fits"), [("7.5", False), ("8.0", True), ("gfx90a", False)])
+def test_flash_of_gpus_is_for_those_that_can(capability, fits, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(attention_kernels, "current_device", lambda: device)
+    why = Triton().why_not(256, softcap=0.0, window=0)
+    assert (why == "") == fits and ("Ampere" in why) != fits
 
 
 def test_flash_that_cannot_be_is_refused_before_anything_is_written(monkeypatch):
@@ -159,6 +169,6 @@ def kernels_of(jaxpr):
 
 
 def test_flash_tells_its_flops():
-    scope = f"jit(step)/jvp(blocks)/attention/flash/{flash.kernel_flops(2.0**33)}/pallas_call"
+    scope = f"jit(step)/jvp(blocks)/attention/flash/{kernel_flops(2.0**33)}/pallas_call"
     assert told_flops(scope) == 2.0**33
     assert clean_op_name(scope)[0] == "forward/blocks/attention/flash"

@@ -32,7 +32,7 @@ Tree = Any
 
 def by_hand_over(
     f: Callable[..., Any],
-    layout: Layout,
+    layout: Layout | None,
     axes: Collection[str],
     in_specs: Any,
     out_specs: Any,
@@ -43,7 +43,7 @@ def by_hand_over(
 
     `check`: JAX proves what is the same on several devices, which a kernel does not tell it.
     """
-    if not axes:
+    if layout is None or not axes:
         return f
     # Inside another shard_map the mesh is the context's, which knows what is manual already.
     mesh = None if manual_axes() else layout.mesh
@@ -289,7 +289,7 @@ def sum_over_tokens(
     axes = tuple(a for a in MESH_AXES if a in axes_of(spec))
 
     def by_hand(g: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return g if layout is None else by_hand_over(g, layout, axes, in_specs, out_specs)
+        return by_hand_over(g, layout, axes, in_specs, out_specs)
 
     def total(x: Tree) -> Tree:
         return psum(x, axes) if axes else x

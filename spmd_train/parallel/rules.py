@@ -187,10 +187,15 @@ def use_layout(layout: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+def current_device() -> Any:
+    """A device of those that a program is being traced for."""
+    layout = _layout.get()
+    return layout.mesh.devices.flat[0] if layout else jax.devices()[0]
+
+
 def current_platform() -> str:
     """The platform a program is being traced for: 'cpu', 'gpu' or 'tpu'."""
-    layout = _layout.get()
-    platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
+    platform: str = current_device().platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
