@@ -9,14 +9,12 @@ plan-tpu); some minutes a point; what is in --out already is not compiled again.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
+from plan_json import ROOT, markdown_table, plan_json
 from sections import write_section
 
-ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
 
 
@@ -105,38 +103,25 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "maxtext")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
+    lines = [HEADS]
     for number, point in enumerate(POINTS):
         path = args.out / f"{number}.json"
         if not path.exists():
-            path.write_text(plan(point))
-        lines.append("| " + " | ".join(cells(point, json.loads(path.read_text()))) + " |")
-        print(lines[-1], file=sys.stderr, flush=True)
+            flags = {"SPMD_TRAIN_XLA_FLAGS": "off"}
+            told = plan_json(point.config, point.target, point.overrides, environment=flags)
+            if told is None:
+                raise SystemExit(f"{point.name}: no plan")
+            path.write_text(json.dumps(told))
+        lines.append(cells(point, json.loads(path.read_text())))
+        print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
     text = (
         "Written by `python scripts/maxtext_points.py`: each point compiled by libtpu 0.0.42 on a "
         "machine without TPUs, of a device, without the flags of `spmd_train/xla_flags.py`, which "
         "take a little memory for overlap. MaxText's figures (bf16 compute, float32 weights and "
         "Adam moments, flash attention) were taken once, by the same compiler. Peak is the "
-        "compiler's own; wire bytes are those of rings.\n\n" + "\n".join(lines)
+        "compiler's own; wire bytes are those of rings.\n\n" + markdown_table(lines)
     )
     write_section(args.table, "Against MaxText, by the same compiler", text)
-
-
-def plan(point):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "spmd_train", "plan", f"--target={point.target}", "--json"),
-            f"--config={ROOT / 'configs' / point.config}",
-            *(f"--config.{override}" for override in point.overrides),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"SPMD_TRAIN_XLA_FLAGS": "off"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{point.name}: exit code {done.returncode}")
-    return done.stdout
 
 
 def cells(point, plan):

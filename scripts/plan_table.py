@@ -14,9 +14,9 @@ import pathlib
 import subprocess
 import sys
 
+from plan_json import ROOT, markdown_table, plan_json
 from sections import write_section
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Name, config, target, overrides. Batches as in issue 6's figures of MaxText where there are any.
 ROWS = (
     ("Llama-3-8B, 1 x 8,192", "llama3_8b.py", "v5e:16x16", ("train.global_batch_size=256",)),
@@ -93,23 +93,14 @@ def row_name(config, target, overrides):
 
 
 def compile_row(path, config, target, overrides):
-    words = [f"--config.{override}" for override in overrides]
     print(f"{path.name} ...", file=sys.stderr, flush=True)
     made_at = commit()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "spmd_train", "plan", f"--config={ROOT / 'configs' / config}"),
-            *(f"--target={target}", *words, "--json"),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode not in (0, 3):
+    told = plan_json(config, target, overrides)
+    if told is None:
         # A compiler's fault in one row must not keep the others from the table.
-        print(f"{path.name}: exit code {done.returncode}", file=sys.stderr, flush=True)
+        print(f"{path.name}: no plan", file=sys.stderr, flush=True)
         return
-    path.write_text(json.dumps(json.loads(done.stdout) | {"commit": made_at}, indent=1) + "\n")
+    path.write_text(json.dumps(told | {"commit": made_at}, indent=1) + "\n")
 
 
 def commit():
@@ -153,8 +144,7 @@ def executed(collectives):
 
 
 def section(lines, missing):
-    table = [HEADS, ["---"] * len(HEADS), *lines]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in table)
+    text = markdown_table([HEADS, *lines])
     told = f"\n\nNot compiled: {'; '.join(missing)}." if missing else ""
     return f"""Written by `make plan-table`: each row compiled by the target's own compiler on a
 machine without the hardware, at the commit that it names; its whole answer is in `docs/plans/`,

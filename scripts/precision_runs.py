@@ -16,8 +16,9 @@ import subprocess
 import sys
 
 import jax
+from sections import write_section
 
-BEGIN, END = "<!-- begin: make precision-table -->", "<!-- end -->"
+HEADING = "What each does to the loss"
 NEAREST = (
     "--config.model.compute_dtype=bfloat16",
     "--config.model.param_dtype=bfloat16",
@@ -93,9 +94,7 @@ def main():
     text = "\n".join(table(results, num_steps=args.steps))
     print(text)
     if args.page:
-        head, _, rest = args.page.read_text().partition(BEGIN)
-        tail = rest.partition(END)[2]
-        args.page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+        write_section(args.page, HEADING, text)
 
 
 if __name__ == "__main__":

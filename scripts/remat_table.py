@@ -7,14 +7,12 @@ Each row is one `spmd-train plan` of the same few layers in a process of its own
 """
 
 import argparse
-import json
 import pathlib
-import subprocess
 import sys
 
+from plan_json import ROOT, markdown_table, plan_json
 from sections import write_section
 
-ROOT = pathlib.Path(__file__).parent.parent
 ROWS = (
     ("none", "", ""),
     ("projections", "", ""),
@@ -38,20 +36,20 @@ HEADS = (
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=pathlib.Path, default=ROOT / "docs" / "memory.md")
-    parser.add_argument("--config", default="configs/llama2_7b.py")
+    parser.add_argument("--config", default="llama2_7b.py", help="in configs/")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2, help="sequences of 2,048 tokens per device")
     parser.add_argument("--target", default="v5e:4x4")
     args = parser.parse_args()
-    lines = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
+    lines = [HEADS]
     for row in ROWS:
-        lines.append("| " + " | ".join(cells(row, args)) + " |")
-        print(lines[-1], file=sys.stderr, flush=True)
+        lines.append(cells(row, args))
+        print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
     text = (
         f"Written by `python scripts/remat_table.py`: {args.layers} layers of `{args.config}` on "
         f"{args.target} (fsdp 16), {args.batch} sequences of 2,048 tokens on each device, per "
         "device. Temporaries and the host's memory are libtpu's, the step is a roofline, in which "
-        "moving to the host and back takes no time.\n\n" + "\n".join(lines)
+        "moving to the host and back takes no time.\n\n" + markdown_table(lines)
     )
     write_section(args.table, "What is kept", text)
 
@@ -66,19 +64,9 @@ def cells(row, args):
         "model.remat_saved": saved,
         "model.remat_offloaded": offloaded,
     }
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "spmd_train", "plan", f"--config={ROOT / args.config}"),
-            *(f"--target={args.target}", "--json"),
-            *(f"--config.{key}={value}" for key, value in words.items()),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode not in (0, 3):
-        raise SystemExit(f"{row}: exit code {done.returncode}")
-    plan = json.loads(done.stdout)
+    plan = plan_json(args.config, args.target, [f"{key}={value}" for key, value in words.items()])
+    if plan is None:
+        raise SystemExit(f"{row}: no plan")
     memory, flops, step = plan["per_device"], plan["flops"], plan["predicted"]["step_seconds"]
     if plan["compile_seconds"] is None:
         return (*row, f"{memory['temp_bytes'] / 2**30:.2f}, **does not fit**", "", "", "")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
+import pathlib
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +35,8 @@ from spmd_train.parallel.rules import leaf_path
 from spmd_train.tasks import LanguageModel
 from spmd_train.train.program import Program, make_program
 from spmd_train.train.state import TrainState
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 # Every sharded dim divides by 8: so the same model lies on any mesh of 8 devices.
 MODEL = ModelConfig(
@@ -271,3 +277,16 @@ def largest_difference(tree: Any, other: Any) -> tuple[float, str]:
     assert a.keys() == b.keys()
     worst = {p: float(np.max(np.abs(a[p].astype(np.float64) - b[p]), initial=0)) for p in a}
     return max((v, p) for p, v in worst.items())
+
+
+def plan_of(*words: str, code: int = 0) -> dict[str, Any]:
+    """What `spmd-train plan --json` says with these flags, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "spmd_train", "plan", "--json", *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)

@@ -1,14 +1,8 @@
 """Composed layouts on 16 chips that are not here, by their own compilers (plan-tpu, plan-cuda)."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from helpers import plan_of
 
-ROOT = pathlib.Path(__file__).parent.parent
 MODEL = {
     "model.num_layers": 4,
     "model.embed_dim": 256,
@@ -49,18 +43,7 @@ def test_plan_composed_sends_over_its_own_axes(target, layout):
     changes, needed = LAYOUTS[layout]
     nodes = {"mesh.dcn.data": 2, "mesh.data": 1} if target.startswith("h100") else {"mesh.data": 2}
     words = [f"--config.{k}={v}" for k, v in (MODEL | changes | nodes).items()]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "spmd_train", "plan", f"--target={target}", "--json"),
-            *(f"--config={ROOT / 'configs' / 'lm_tiny.py'}", *words),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = plan_of(f"--target={target}", *words)
     assert told["num_devices"] == 16 and told["fits"]
     sent = {(c["op"], "+".join(c["axes"])) for c in told["collectives"]}
     assert needed <= sent, sent

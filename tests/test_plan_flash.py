@@ -1,14 +1,8 @@
 """Attention kernels by the compilers of hardware that is not here (extras plan-tpu, plan-cuda)."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from helpers import plan_of
 
-ROOT = pathlib.Path(__file__).parent.parent
 TARGETS = [
     pytest.param("v5e:2x2", marks=pytest.mark.plan_tpu),
     pytest.param("h100:1x4", marks=pytest.mark.plan_cuda),
@@ -31,18 +25,7 @@ MODEL = {
 
 def plan(target, **changes):
     words = [f"--config.{k}={v}" for k, v in (MODEL | changes).items()]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "spmd_train", "plan", f"--target={target}", "--json"),
-            *(f"--config={ROOT / 'configs' / 'lm_tiny.py'}", *words),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return plan_of(f"--target={target}", *words)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,31 +1,17 @@
 """Plans by TPU's own compiler, for TPUs that are not here (extra plan-tpu)."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from helpers import plan_of
 
 pytestmark = pytest.mark.plan_tpu
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def plan(*words, code=0):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "spmd_train", "plan", "--target=v5e:2x2", "--json"),
-            *("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.model.num_layers=2"),
-            *("--config.model.compute_dtype=bfloat16", *words),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
+    return plan_of(
+        *("--target=v5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=4"),
+        *("--config.model.num_layers=2", "--config.model.compute_dtype=bfloat16", *words),
+        code=code,
     )
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_plan_tpu_tells_a_step():

@@ -152,7 +152,7 @@ def main() -> None:
     optimizer: Any = make_optimizer(config["optimizer"], model)
     loss_of: Callable[[Any], torch.Tensor] = model
     rank, num_ranks, before_clip = 0, 1, lambda: None
-    average: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss  # noqa: E731
+    average: Callable[[torch.Tensor], torch.Tensor] = torch.clone
 
     if args.mode == "compile":
         loss_of = torch.compile(model)
