@@ -28,6 +28,7 @@ HEAD = f"""HloModule m, num_partitions=4
 
 """
 GROUPS = "channel_id=1, replica_groups=[1,4]<=[4], use_global_device_ids=true, dimensions={0}"
+PAIRS = "channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
 LOOP = (
     "%l = (f32[8,8], s32[]) while(%pair), condition=%condition, body=%body, "
     'backend_config={"known_trip_count":{"n":"6"}}'
@@ -129,10 +130,34 @@ def test_overlap_of_a_chain_of_fusions_is_what_carries_it():
         ({"op": "all-reduce", "scope": "optimizer", "source": "reduce_sum"}, "other"),
         ({"op": "all-reduce", "axes": ("tensor",), "scope": "backward"}, "tensor_parallel"),
         ({"op": "all-to-all"}, "other"),
+        ({"op": "collective-permute"}, "other"),
     ],
 )
 def test_overlap_sorts_collectives_by_what_they_are_for(changes, purpose):
     assert purpose_of(collective(**changes)) == purpose
+
+
+@pytest.mark.parametrize(
+    "loop, purpose", [("ag", "parameter_gathers"), ("rs", "gradient_reductions")]
+)
+def test_overlap_of_a_collective_matmul_is_that_of_what_it_stands_for(loop, purpose):
+    """XLA makes a loop of permutations of a gather or a reduction and its matmul."""
+    permuted = f"""%start = (f32[8,8], f32[8,8]) collective-permute-start(%w), {PAIRS}
+  {DOT}
+  %inner = f32[8,8] collective-permute-done(%start)"""
+    head = HEAD.replace(DOT.replace("%d", "%inner"), permuted)
+    text = f"""{head}ENTRY %main (w: f32[8,8]) -> f32[8,8] {{
+  %w = f32[8,8] parameter(0)
+  %i = s32[] constant(0)
+  %pair = (f32[8,8], s32[]) tuple(%w, %i)
+  {LOOP}
+  ROOT %y = f32[8,8] get-tuple-element(%l), index=0
+}}
+"""
+    text = text.replace("%body", f"%wide.windowed_dot_general_body_{loop}.1")
+    part = told(text, fsdp=4)[purpose]
+    assert part.wire_bytes == part.overlapped_wire_bytes == 6 * 8 * 8 * 4
+    assert part.flops == 6 * 2 * 8**3
 
 
 def test_overlap_hides_no_more_than_is_computed_and_nothing_twice():

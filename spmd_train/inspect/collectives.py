@@ -26,6 +26,7 @@ Not seen: what a custom kernel sends by itself (Pallas remote copies), and trans
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ _RING_PASSES: Mapping[str, int | None] = {
 }
 # Ops whose replica groups hold partitions, not replicas, when they have a channel.
 _PARTITION_IDS = frozenset(_RING_PASSES) - {"all-reduce", "all-gather", "reduce-scatter"}
+# The body of a loop that XLA makes of a matmul and a collective.
+_COLLECTIVE_MATMUL = re.compile(r"windowed_dot_general_body_(ag|rs)")
 _AMOUNTS = ("count", "bytes", "wire_bytes")
 
 
@@ -72,6 +75,8 @@ class Collective:
       is_async: it has a start and a done, so that other work may hide it.
       name: the HLO instruction.
       meanwhile: instructions that run between its start and its done.
+      part_of: `all-gather` or `reduce-scatter`, if it is a permutation in a loop that XLA made of
+        that and a matmul (a collective matmul); else empty.
     """
 
     op: str
@@ -88,6 +93,7 @@ class Collective:
     is_async: bool
     name: str
     meanwhile: tuple[str, ...] = ()
+    part_of: str = ""
 
     @property
     def bytes(self) -> int | None:
@@ -241,4 +247,12 @@ def _describe(site: Site, mesh: LogicalMesh, module: Module) -> Collective:
         is_async=is_async,
         name=instruction.name,
         meanwhile=run_meanwhile(site, module) if is_async else (),
+        part_of=_part_of(site),
     )
+
+
+def _part_of(site: Site) -> str:
+    for computation in site.computations:
+        if loop := _COLLECTIVE_MATMUL.search(computation.name):
+            return {"ag": "all-gather", "rs": "reduce-scatter"}[loop[1]]
+    return ""

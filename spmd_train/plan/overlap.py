@@ -76,14 +76,16 @@ def purpose_of(collective: Collective) -> str:
 
     A gather of floats over an axis of the batch is one of parameters: activations lie along it. A
     reduction over such an axis is one of gradients (the head's is made in the forward pass), but
-    for the sums of the forward pass (losses) and of the optimizer (norms).
+    for the sums of the forward pass (losses) and of the optimizer (norms). A permutation in a
+    collective matmul is what it is a part of.
     """
+    op = collective.part_of or collective.op
     over_batch = not _BATCH_AXES.isdisjoint(collective.axes)
     phase = collective.scope.partition("/")[0]
     is_sum = phase in ("forward", "optimizer") and collective.source == "reduce_sum"
-    if collective.op == "all-gather" and over_batch and "f" in collective.dtype:
+    if op == "all-gather" and over_batch and "f" in collective.dtype:
         return "parameter_gathers"
-    if collective.op in _REDUCTIONS and over_batch and not is_sum:
+    if op in _REDUCTIONS and over_batch and not is_sum:
         return "gradient_reductions"
     return "tensor_parallel" if collective.axes == ("tensor",) else "other"
 
