@@ -43,7 +43,9 @@ def test_xla_flags_of_a_plan_are_those_of_training(environ):
     environ.setenv("LIBTPU_INIT_ARGS", f"--{ASYNC}=false")
     options = compiler_options(parse_target("v5p:2x2x1"))
     assert options.keys() == xla_flags.FLAGS["tpu"].keys()
-    assert options.pop(ASYNC) is False and set(options.values()) == {True}
+    assert options.pop(ASYNC) is False
+    assert options.pop("xla_jf_crs_combiner_threshold_in_bytes") == "4194304"
+    assert set(options.values()) == {True}
     assert compiler_options(parse_target("cpu:8")) == {}
 
 

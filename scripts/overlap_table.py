@@ -1,0 +1,88 @@
+"""What of a step's sending runs while it computes, by the target's own compiler.
+
+    python scripts/overlap_table.py --table=docs/speed.md
+
+Each row is one `spmd-train plan` in a process of its own; needs libtpu (extra plan-tpu) and, for
+GPUs, the extra plan-cuda. Two minutes a row; what is in --out already is not compiled again.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from plan_json import ROOT, markdown_table, plan_json
+from sections import write_section
+
+# Config, target, sequences on each device. Of the layers there are four: they are all alike.
+POINTS = (
+    ("llama2_7b.py", "v5p:4x4x4", 2, 64),
+    ("llama2_7b.py", "v5e:4x4", 1, 16),
+    ("llama2_7b.py", "h100:2x8", 1, 16),
+)
+HEADS = (
+    "config, 4 layers",
+    "target",
+    "sequences a device",
+    "flags",
+    "gathers of parameters, GB: overlapped",
+    "reductions of gradients, GB: overlapped",
+    "temporaries, GiB",
+    "predicted step",
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", type=pathlib.Path, default=ROOT / "docs" / "speed.md")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "overlap")
+    parser.add_argument("--only", default="", help="compile only for targets with this in them")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = [HEADS]
+    for config, target, batch, devices in POINTS:
+        for flags in ("off",) if target.startswith("h100") else ("off", "on"):
+            path = args.out / f"{target.replace(':', '_')}-{flags}.json"
+            if not path.exists() and args.only in target:
+                words = ["model.num_layers=4", f"train.global_batch_size={batch * devices}"]
+                told = plan_json(config, target, words, environment={"SPMD_TRAIN_XLA_FLAGS": flags})
+                if told is None:
+                    raise SystemExit(f"{path.name}: no plan")
+                path.write_text(json.dumps(told))
+            if path.exists():
+                lines.append(cells(config, batch, flags, json.loads(path.read_text())))
+                print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
+    text = (
+        "Written by `python scripts/overlap_table.py`, on a machine without the hardware: what "
+        "the target's own compiler schedules between the start and the done of a collective. Sent "
+        "bytes count as overlapped if a matmul runs in between; the step is a roofline, in which "
+        "they are hidden for as long as what runs in between takes. The flags are those of "
+        "`spmd_train/xla_flags.py` (`SPMD_TRAIN_XLA_FLAGS=off` leaves them out); GPUs have none. "
+        "On v5e the compiler makes loops of permutations of gathers, reductions and their matmuls, "
+        "with the flags and without."
+        "\n\n" + markdown_table(lines)
+    )
+    write_section(args.table, "Overlap", text)
+
+
+def cells(config, batch, flags, plan):
+    told = plan["details"]["overlap"]
+    return (
+        config.removesuffix(".py"),
+        plan["target"],
+        str(batch),
+        flags,
+        *(share(told[name]) for name in ("parameter_gathers", "gradient_reductions")),
+        f"{plan['per_device']['temp_bytes'] / 2**30:.2f}",
+        f"{plan['predicted']['step_seconds']:.3f} s",
+    )
+
+
+def share(part):
+    return (
+        f"{part['wire_bytes'] / 1e9:.2f}: {part['overlapped_wire_bytes'] / part['wire_bytes']:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
