@@ -48,8 +48,8 @@ TOKENS_PER_BATCH = SHAPE.batch_size * SHAPE.sequence_length
 NUM_PLACES, BATCHES_PER_PLACE = 50, 20
 _WHAT_IS_WHOSE = (
     "\n\nOwn memory is `RssAnon`; most of it Python and the libraries had before the data was "
-    "opened. Tokens and where documents start are files mapped into memory: their pages, and those "
-    "of the libraries, are the kernel's to take back, and count as resident until it does. "
+    "opened. Tokens and where documents start are files mapped into memory; the pages of a batch "
+    "are given back when it is read, and the kernel keeps of them what it has room for. "
     f"Reading: a batch of a run resumed at step 10^7, then {NUM_PLACES * BATCHES_PER_PLACE:,} "
     f"batches in {NUM_PLACES} places."
 )

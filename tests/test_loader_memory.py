@@ -1,7 +1,10 @@
 """What the loader holds in memory hangs neither on the tokens nor on the documents of its data."""
 
 import json
+import re
+import sys
 import tracemalloc
+from pathlib import Path
 
 import loader_speed
 import numpy as np
@@ -51,6 +54,17 @@ def test_loader_memory_is_that_of_its_batches(large):
     assert peak < 4e6  # The tokens are 2e9 bytes, where documents start 8e6.
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loader_memory_keeps_no_page_of_what_was_read(large):
+    dataset = open_dataset(large, split="train", seed=0)
+    for step in range(100):
+        dataset.batch(step, global_batch_size=16)
+    mapped = Path("/proc/self/smaps").read_text().partition(f"{dataset.streams[0].path}/tokens.bin")
+    assert mapped[1]
+    resident_kib = re.search(r"Rss:\s+(\d+) kB", mapped[2])
+    assert resident_kib and int(resident_kib[1]) < 16 * 1024  # Of 1,600 windows: 100 MB or more.
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_loader_memory_of_real_files_is_bounded(kind, tmp_path):
@@ -61,3 +75,4 @@ def test_loader_memory_of_real_files_is_bounded(kind, tmp_path):
     for of_small, of_large in zip(small, large, strict=True):
         assert of_large["num_tokens"] > 30 * of_small["num_tokens"]
         assert of_large["grown_mib"] < of_small["grown_mib"] + 24
+        assert of_large["max_rss_mib"] < of_small["max_rss_mib"] + 64
