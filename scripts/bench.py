@@ -52,8 +52,8 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "S": Shape(4, 256, 4, 688, sequence_length=256, batch_size=16, timed_steps=20),
-    "M": Shape(6, 512, 8, 1376, sequence_length=512, batch_size=8, timed_steps=10),
+    "S": Shape(4, 256, 4, 688, sequence_length=256, batch_size=16, timed_steps=40),
+    "M": Shape(6, 512, 8, 1376, sequence_length=512, batch_size=8, timed_steps=12),
 }
 
 

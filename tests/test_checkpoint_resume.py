@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -41,6 +42,26 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         words = rng.integers(97, 123, (200, 5)).astype(np.uint8)
         (folder / f"{i}.txt").write_text(" ".join(bytes(w).decode() for w in words))
     return folder
+
+
+def test_save_of_small_replicated_arrays_compiles_nothing(tmp_path: pathlib.Path) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = {f"{n}": jax.device_put(np.ones((8, n), np.float32), sharding) for n in range(1, 4)}
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        compiled.extend([event] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    try:
+        checkpointer.save(1, state, {})
+        checkpointer.wait()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        checkpointer.close()
+    assert checkpointer.steps() == [1] and not compiled
 
 
 def config_of(text: pathlib.Path, **changes: Any) -> ExperimentConfig:

@@ -23,6 +23,8 @@ from spmd_train.config import CheckpointConfig, ConfigError
 
 log = logging.getLogger(__name__)
 
+_PART_BYTES = 4 << 20
+
 
 class Checkpointer:
     """Saves and restores train states of one workdir.
@@ -48,7 +50,9 @@ class Checkpointer:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 # Weights hardly compress, and zstd takes five times the CPU of writing them.
-                state=ocp.PyTreeCheckpointHandler(use_compression=False),
+                state=ocp.PyTreeCheckpointHandler(
+                    use_compression=False, type_handler_registry=_array_handlers()
+                ),
                 meta=ocp.JsonCheckpointHandler(),
             )
         )
@@ -220,6 +224,13 @@ class Checkpointer:
                 f"  {shown}\nuse the config it was made with (config.json in the workdir), or "
                 "another --workdir; nothing was loaded"
             )
+
+
+def _array_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Replicas write parts of an array each, but of small ones: a part is a program to compile."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_PART_BYTES)
+    numpy_arrays = (np.ndarray, ocp.type_handlers.NumpyHandler())
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, handler), numpy_arrays)
 
 
 class _Save:
