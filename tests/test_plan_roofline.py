@@ -10,8 +10,8 @@ from spmd_train.plan.roofline import roofline
 H100, A100, V6E = CHIPS["h100"], CHIPS["a100-80gb"], CHIPS["v6e"]
 
 
-def times(*operations, chip, bubble=0.0):
-    network = NetworkTime(ici=0.0, dcn=0.0, hidden=0.0)
+def times(*operations, chip, bubble=0.0, ici=0.0, hidden=0.0):
+    network = NetworkTime(ici=ici, dcn=0.0, hidden=hidden)
     cost = ProgramCost(
         operations=tuple(
             Operation(
@@ -56,3 +56,5 @@ def test_plan_roofline_of_a_kernel_is_the_longer_of_matmuls_and_memory():
     assert told.bound == "compute"
     waiting = times(busy, moving, chip=H100, bubble=0.25)
     assert waiting.step == pytest.approx(told.step * 4 / 3)
+    sending = times(busy, moving, chip=H100, ici=0.5, hidden=0.375)
+    assert sending.step == pytest.approx(told.step + 0.125)

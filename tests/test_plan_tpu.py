@@ -33,10 +33,13 @@ def test_plan_tpu_that_does_not_fit():
     assert told["per_device"]["peak_bytes"] > told["hbm_bytes"]
 
 
-def test_plan_tpu_gathers_while_it_computes():
+@pytest.mark.parametrize("flags, least", [("on", 0.5), ("off", 0.0)])
+def test_plan_tpu_gathers_while_it_computes(flags, least, monkeypatch):
+    monkeypatch.setenv("SPMD_TRAIN_XLA_FLAGS", flags)
     wide = ("--config.model.embed_dim=1024", "--config.model.mlp_dim=4096")
     words = (*wide, "--config.model.num_heads=8", "--config.data.sequence_length=1024")
     words += ("--target=v5p:2x2x1", "--config.model.remat=full")
-    told = plan(*words)
-    gathered = sum(r["wire_bytes"] for r in told["collectives"] if r["op"] == "all-gather")
-    assert told["details"]["async_wire_bytes"] > 0.5 * gathered
+    told = plan(*words)["details"]["overlap"]["parameter_gathers"]
+    share = told["overlapped_wire_bytes"] / told["wire_bytes"]
+    assert share > least if least else share == 0
+    assert (told["flops"] > 0) == (least > 0)

@@ -9,6 +9,8 @@ from spmd_train import experiment
 from spmd_train.cli.targets import compile_here, devices_of
 from spmd_train.inspect.collectives import collective_summary, format_collectives
 from spmd_train.parallel.mesh import mesh_text
+from spmd_train.plan.hlo_cost import program_cost
+from spmd_train.plan.overlap import overlap, overlap_json, overlap_lines
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,11 +20,15 @@ def run(args: argparse.Namespace) -> int:
         step = compile_here(program, args, options)
     summary = collective_summary(step.collectives)
     mesh = dict(program.mesh.shape)
+    told_overlap = overlap(step.collectives, program_cost(step.hlo_text))
     if args.json:
         told = {"mesh": mesh, "num_devices": program.mesh.size, **summary}
+        told["overlap"] = overlap_json(told_overlap)
         print(json.dumps(told | {"compile_seconds": step.compile_seconds}, indent=2))
         return 0
     print(f"mesh: {mesh_text(mesh)}")
     print("")
     print(format_collectives(summary))
+    for line in overlap_lines(told_overlap):
+        print(line)
     return 0

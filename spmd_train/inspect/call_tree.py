@@ -33,14 +33,22 @@ _TPU_SCATTER = "all-reduce-scatter"
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A collective instruction at one place of the call tree; `callers` innermost first."""
+    """A collective instruction at one place of the call tree.
+
+    `callers` are innermost first; `computations` hold the instruction and each of them.
+    """
 
     op: str
     instruction: Instruction
-    computation: Computation
     count: int | None
     conditional: bool
     callers: tuple[Instruction, ...]
+    computations: tuple[Computation, ...]
+
+    @property
+    def computation(self) -> Computation:
+        """Where the instruction stands."""
+        return self.computations[0]
 
 
 def collective_sites(module: Module) -> Iterator[Site]:
@@ -58,7 +66,9 @@ def collective_sites(module: Module) -> Iterator[Site]:
         count: int | None,
         conditional: bool,
         callers: tuple[Instruction, ...],
+        outer: tuple[Computation, ...],
     ) -> Iterator[Site]:
+        inside = (computation, *outer)
         for instruction in computation.instructions.values():
             if op := _collective_op(instruction, callers):
                 chain = async_chain(instruction)
@@ -69,7 +79,7 @@ def collective_sites(module: Module) -> Iterator[Site]:
                     if key in seen:
                         continue
                     seen.add(key)
-                yield Site(op, instruction, computation, count, conditional, callers)
+                yield Site(op, instruction, count, conditional, callers, inside)
                 continue
             if instruction.opcode.endswith(("-update", "-done")):
                 continue  # its start has told it
@@ -84,9 +94,9 @@ def collective_sites(module: Module) -> Iterator[Site]:
                 branch = conditional or role in _BRANCHES
                 for name in names:
                     callee = module.computations[name]
-                    yield from visit(callee, times, branch, (instruction, *callers))
+                    yield from visit(callee, times, branch, (instruction, *callers), inside)
 
-    yield from visit(module.entry, 1, False, ())
+    yield from visit(module.entry, 1, False, (), ())
 
 
 def _collective_op(instruction: Instruction, callers: tuple[Instruction, ...]) -> str | None:

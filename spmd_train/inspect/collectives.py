@@ -26,11 +26,13 @@ Not seen: what a custom kernel sends by itself (Pallas remote copies), and trans
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spmd_train.inspect.call_tree import SEND_PAIRS, Site, async_chain, collective_sites
-from spmd_train.inspect.hlo import array_bytes, clean_op_name, parse_hlo
+from spmd_train.inspect.hlo import Module, array_bytes, clean_op_name, parse_hlo
+from spmd_train.inspect.meanwhile import run_meanwhile
 from spmd_train.inspect.replica_groups import LogicalMesh
 from spmd_train.observe.columns import columns
 
@@ -46,6 +48,8 @@ _RING_PASSES: Mapping[str, int | None] = {
 }
 # Ops whose replica groups hold partitions, not replicas, when they have a channel.
 _PARTITION_IDS = frozenset(_RING_PASSES) - {"all-reduce", "all-gather", "reduce-scatter"}
+# The body of a loop that XLA makes of a matmul and a collective.
+_COLLECTIVE_MATMUL = re.compile(r"windowed_dot_general_body_(ag|rs)")
 _AMOUNTS = ("count", "bytes", "wire_bytes")
 
 
@@ -70,6 +74,9 @@ class Collective:
       source: the JAX primitive(s) it came from.
       is_async: it has a start and a done, so that other work may hide it.
       name: the HLO instruction.
+      meanwhile: instructions that run between its start and its done.
+      part_of: `all-gather` or `reduce-scatter`, if it is a permutation in a loop that XLA made of
+        that and a matmul (a collective matmul); else empty.
     """
 
     op: str
@@ -85,6 +92,8 @@ class Collective:
     source: str
     is_async: bool
     name: str
+    meanwhile: tuple[str, ...] = ()
+    part_of: str = ""
 
     @property
     def bytes(self) -> int | None:
@@ -113,7 +122,7 @@ def count_collectives(
     """
     module = parse_hlo(hlo_text)
     mesh = LogicalMesh(module, axis_sizes=axis_sizes, slices=slices)
-    return [_describe(site, mesh) for site in collective_sites(module)]
+    return [_describe(site, mesh, module) for site in collective_sites(module)]
 
 
 def collective_summary(collectives: Iterable[Collective]) -> dict[str, Any]:
@@ -189,7 +198,7 @@ def format_collectives(summary: Mapping[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _describe(site: Site, mesh: LogicalMesh) -> Collective:
+def _describe(site: Site, mesh: LogicalMesh, module: Module) -> Collective:
     instruction, op = site.instruction, site.op
     sent_pairs = SEND_PAIRS.search(instruction.attribute_text)
     pairs = sent_pairs[1] if sent_pairs else instruction.attributes.get("source_target_pairs")
@@ -222,6 +231,7 @@ def _describe(site: Site, mesh: LogicalMesh) -> Collective:
         for i in (instruction, *site.callers)
         if i.opcode.endswith("-start") or i.opcode == "send" or async_chain(i)
     ]
+    is_async = bool(starts) and not any('"is_sync":true' in i.attribute_text for i in starts)
     return Collective(
         op=op,
         axes=span.axes,
@@ -234,6 +244,15 @@ def _describe(site: Site, mesh: LogicalMesh) -> Collective:
         wire_bytes_each=wire,
         scope=scope,
         source=source,
-        is_async=bool(starts) and not any('"is_sync":true' in i.attribute_text for i in starts),
+        is_async=is_async,
         name=instruction.name,
+        meanwhile=run_meanwhile(site, module) if is_async else (),
+        part_of=_part_of(site),
     )
+
+
+def _part_of(site: Site) -> str:
+    for computation in site.computations:
+        if loop := _COLLECTIVE_MATMUL.search(computation.name):
+            return {"ag": "all-gather", "rs": "reduce-scatter"}[loop[1]]
+    return ""

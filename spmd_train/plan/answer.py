@@ -18,7 +18,8 @@ from spmd_train.plan.hlo_cost import ProgramCost, program_cost
 from spmd_train.plan.lints import Lint, find_lints
 from spmd_train.plan.live import LiveArray, live_at_peak
 from spmd_train.plan.network import NetworkTime, network_time
-from spmd_train.plan.roofline import Roofline, roofline
+from spmd_train.plan.overlap import Overlap, overlap
+from spmd_train.plan.roofline import Roofline, busy_seconds, roofline
 from spmd_train.plan.sizes import StateBytes, num_params, state_bytes
 from spmd_train.plan.targets import Target
 
@@ -91,6 +92,11 @@ class Plan:
     advice: str = ""
 
     @property
+    def overlap(self) -> dict[str, Overlap]:
+        """What is sent while it computes, by purpose; empty without a program."""
+        return overlap(self.step.collectives, self.cost) if self.step and self.cost else {}
+
+    @property
     def fits(self) -> bool:
         """Whether a device's memory holds it."""
         return self.step is not None and self.needed_bytes <= self.usable_bytes
@@ -148,7 +154,12 @@ def times_of(
         share, bubble = units / schedule.num_ticks, schedule.bubble()
     cost = program_cost(step.hlo_text, branch_share=share)
     network = chip and network_time(
-        step.collectives, mesh=mesh, target=target, chip=chip, branch_share=share
+        step.collectives,
+        mesh=mesh,
+        target=target,
+        chip=chip,
+        busy=busy_seconds(cost, chip=chip, dtype=dtype),
+        branch_share=share,
     )
     times = roofline(cost, network=network, chip=chip, dtype=dtype, bubble=bubble)
     return cost, times, network

@@ -9,6 +9,7 @@ from typing import Any
 from spmd_train.inspect.collectives import collective_summary, format_collectives
 from spmd_train.parallel.mesh import mesh_text
 from spmd_train.plan.answer import Plan
+from spmd_train.plan.overlap import overlap_json, overlap_lines
 
 _PER_DEVICE = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes")
 _COLLECTIVE = ("op", "axes", "network", "count", "bytes", "wire_bytes", "scope")
@@ -57,6 +58,7 @@ def _details(plan: Plan, summary: Mapping[str, Any] | None) -> dict[str, Any]:
         "largest_temporaries": [dataclasses.asdict(array) for array in plan.live[:10]],
         "wire_bytes_by_axes": summary["wire_bytes_by_axes"] if summary else None,
         "async_wire_bytes": summary["async_wire_bytes"] if summary else None,
+        "overlap": overlap_json(plan.overlap) if plan.overlap else None,
         "flops_by_phase": cost.flops_by("phase") if cost else None,
         "flops_by_dtype": cost.flops_by("dtype") if cost else None,
         "program_hbm_traffic_bytes": cost.hbm_bytes if cost else None,
@@ -118,9 +120,7 @@ def format_plan(plan: Plan) -> Iterator[str]:
         yield "collectives per device and step (compiler; wire bytes are those of rings):"
         summary = collective_summary(plan.step.collectives)
         yield from ("  " + line for line in format_collectives(summary).splitlines())
-        if summary["wire_bytes"]:
-            share = summary["async_wire_bytes"] / summary["wire_bytes"]
-            yield f"  {share:.0%} of it between a start and a done, where other work may hide it"
+        yield from ("  " + line for line in overlap_lines(plan.overlap))
     yield ""
     yield from _speed(plan)
     for lint in plan.lints:

@@ -12,7 +12,7 @@ Latency is left out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from spmd_train.inspect.collectives import Collective
 from spmd_train.parallel.chips import Chip
 from spmd_train.parallel.mesh import slices_of
+from spmd_train.plan.overlap import hidden_seconds
 from spmd_train.plan.targets import Target
 
 _PASSES = {"all-reduce": 2.0}
@@ -121,7 +122,7 @@ class NetworkTime:
     Attributes:
         ici: on ICI or NVLink.
         dcn: between slices or nodes.
-        hidden: of the sum, in collectives that have a start and a done: other work may hide it.
+        hidden: of the sum, while something is computed (`overlap.hidden_seconds`).
     """
 
     ici: float | None
@@ -135,6 +136,7 @@ def network_time(
     mesh: Mesh,
     target: Target,
     chip: Chip,
+    busy: Mapping[str, float],
     branch_share: float = 1.0,
 ) -> NetworkTime:
     """Sums the network's time over the collectives of a step.
@@ -144,10 +146,12 @@ def network_time(
         mesh: whose axes they span.
         target: how its devices are wired.
         chip: their rates.
+        busy: instruction to the seconds that it computes in a step.
         branch_share: how often branches run, as for `program_cost`.
     """
     spans: dict[tuple[Any, ...], Span] = {}
-    ici, dcn, hidden = 0.0, 0.0, 0.0
+    ici, dcn = 0.0, 0.0
+    seconds: list[float] = []
     unknown: set[str] = set()
     for c in collectives:
         key = (c.axes, c.group_size)
@@ -160,10 +164,9 @@ def network_time(
         count = (c.count or 0) * (branch_share if c.conditional else 1.0)
         ici += (inside or 0.0) * count
         dcn += (between or 0.0) * count
-        if c.is_async:
-            hidden += ((inside or 0.0) + (between or 0.0)) * count
+        seconds.append(((inside or 0.0) + (between or 0.0)) * count)
     return NetworkTime(
         ici=None if "ici" in unknown else ici,
         dcn=None if "dcn" in unknown else dcn,
-        hidden=hidden,
+        hidden=hidden_seconds(collectives, seconds, busy),
     )

@@ -11,6 +11,7 @@ from spmd_train.observe.html import COLORS, bars, page, stacked_bar
 from spmd_train.parallel.mesh import mesh_text
 from spmd_train.plan.answer import Plan
 from spmd_train.plan.document import format_plan, gib
+from spmd_train.plan.overlap import overlap_lines
 
 
 def as_html(plan: Plan) -> str:
@@ -73,6 +74,8 @@ def _network(plan: Plan) -> Iterator[str]:
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     yield "<h2>Sent by a device in a step, by mesh axis and network</h2>"
     yield from bars({name: (size, _size(size)) for name, size in ordered})
+    for line in overlap_lines(plan.overlap):
+        yield f"<p>{line[0].upper()}{line[1:]}.</p>"
     if summary["conditional_wire_bytes"]:
         yield (
             f"<p>{_size(summary['conditional_wire_bytes'])} of it in branches, counted as if "
@@ -92,7 +95,7 @@ def _roofline(plan: Plan) -> Iterator[str]:
         yield from bars(known)
         yield (
             f"<p>Bound by {times.bound}. A step takes the longer of matmuls and memory of each "
-            "kernel, its waits, and what asynchronous collectives cannot hide in them.</p>"
+            "kernel, its waits, and what of the collectives they do not hide.</p>"
         )
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-from spmd_train.inspect.collectives import Collective
 from spmd_train.parallel.chips import Chip
-from spmd_train.plan.hlo_cost import ProgramCost
+from spmd_train.plan.hlo_cost import Operation, ProgramCost
 from spmd_train.plan.network import NetworkTime
 
 _DTYPES = {
@@ -32,8 +30,7 @@ class Roofline:
         ici: collectives within slices or nodes.
         dcn: collectives between them.
         bubble: what a pipeline's device waits for others; 0 without stages.
-        step: `on_chip` and `bubble`, or what asynchronous collectives take if that is longer, and
-            what the others add.
+        step: `on_chip`, `bubble` and what of the collectives nothing hides.
         bound: `compute`, `hbm`, `ici`, `dcn` or `bubble`: the longest; empty where nothing is
             known.
     """
@@ -69,11 +66,9 @@ def roofline(
     if cost is None or chip is None or peak is None or network is None:
         unknown = dict.fromkeys(("compute", "hbm", "on_chip", "ici", "dcn", "bubble", "step"))
         return Roofline(bound="", **unknown)
-    rates = {hlo: chip.flops.get(name, peak) for hlo, name in _DTYPES.items()}
     compute = hbm = on_chip = 0.0
     for op in cost.operations:
-        busy = op.flops / rates.get(op.dtype, peak)
-        moving = op.hbm_bytes / chip.hbm_bandwidth
+        busy, moving = _seconds(op, chip=chip, peak=peak)
         compute += busy * op.count
         hbm += moving * op.count
         on_chip += max(busy, moving) * op.count
@@ -83,8 +78,7 @@ def roofline(
     known = {name: seconds for name, seconds in parts.items() if seconds is not None}
     step = None
     if network.ici is not None and network.dcn is not None:
-        exposed = network.ici + network.dcn - network.hidden
-        step = max(on_chip + waits, network.hidden) + exposed
+        step = on_chip + waits + network.ici + network.dcn - network.hidden
     return Roofline(
         compute=compute,
         hbm=hbm,
@@ -97,8 +91,18 @@ def roofline(
     )
 
 
-def async_share(collectives: Sequence[Collective]) -> float | None:
-    """Share of the wire bytes that is sent between a start and a done; None if none is sent."""
-    total = sum(c.wire_bytes or 0 for c in collectives)
-    hidden = sum(c.wire_bytes or 0 for c in collectives if c.is_async)
-    return hidden / total if total else None
+def busy_seconds(cost: ProgramCost, *, chip: Chip, dtype: str) -> dict[str, float]:
+    """Instruction to the seconds that it takes the chip in a step; arguments as `roofline` has."""
+    peak, seconds = chip.flops.get(dtype), {}
+    if peak is None:
+        return {}
+    for op in cost.operations:
+        once = max(_seconds(op, chip=chip, peak=peak))
+        seconds[op.instruction] = seconds.get(op.instruction, 0.0) + once * op.count
+    return seconds
+
+
+def _seconds(op: Operation, *, chip: Chip, peak: float) -> tuple[float, float]:
+    """Of one execution: its matmuls, its memory traffic."""
+    rate = chip.flops.get(_DTYPES.get(op.dtype, ""), peak)
+    return op.flops / rate, op.hbm_bytes / chip.hbm_bandwidth
