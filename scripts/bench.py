@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "S": Shape(4, 256, 4, 688, sequence_length=256, batch_size=16, timed_steps=40),
-    "M": Shape(6, 512, 8, 1376, sequence_length=512, batch_size=8, timed_steps=12),
+    "M": Shape(6, 512, 8, 1376, sequence_length=512, batch_size=8, timed_steps=15),
 }
 
 

@@ -113,8 +113,9 @@ def plot(answer: Mapping[str, Any]) -> str:
 
 
 def write_page(path: pathlib.Path, answer: Mapping[str, Any]) -> None:
-    """Writes the section "Tokens per second" of a Markdown page anew, and the plot beside it."""
-    picture = path.with_suffix(".svg")
+    """Writes a Markdown page's section of these shapes anew, and the plot beside it."""
+    shapes = "-".join(answer["shapes"])
+    picture = path.with_name(f"{path.stem}_{shapes}.svg")
     picture.write_text(plot(answer))
     text = f"{markdown(answer)}\n![tokens per second]({picture.name})\n"
-    write_section(path, "Tokens per second", text)
+    write_section(path, f"Tokens per second: {', '.join(answer['shapes'])}", text)

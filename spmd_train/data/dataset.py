@@ -166,6 +166,7 @@ class Dataset:
                 windows = read_windows(stream, example_B[mine] - low, length=shape[1])
                 for name, values in windows.items():
                     batch[name][mine] = values
+                stream.forget()
         return {**batch, "row": rows_B.astype(np.int32), "example_id": example_B}
 
 

@@ -7,24 +7,33 @@ Dims: B batch, T tokens, H query heads, G key heads, K head width.
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from spmd_train.parallel.rules import current_device
 
-with warnings.catch_warnings():
-    # jax 0.12 points to tokamax, whose backward pass makes masks as large as the scores.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from jax.experimental.pallas.ops.gpu import attention as triton
-
 QKV = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _pallas(name: str) -> Any:
+    """A module of `jax.experimental.pallas.ops`: imported where its kernel runs, as it is slow."""
+    with warnings.catch_warnings():
+        # jax 0.12 points to tokamax, whose backward pass makes masks as large as the scores.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"jax.experimental.pallas.ops.{name}")
+
+
+def _splash(part: str) -> Any:
+    return _pallas(f"tpu.splash_attention.splash_attention_{part}")
+
+
+def _triton() -> Any:
+    return _pallas("gpu.attention")
 
 
 def kernel_flops(flops: float) -> str:
@@ -81,6 +90,7 @@ class Splash:
     ) -> tuple[jax.Array, jax.Array]:
         """See `Kernel`."""
         info, _, told, flops = self._plan(q.shape, **scoring)
+        splash = _splash("kernel")
 
         def one(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> Any:
             ids = splash.SegmentIds(s, s)
@@ -101,6 +111,7 @@ class Splash:
         """See `Kernel`."""
         q, k, v, segments, out, log_total = saved
         _, infos, told, flops = self._plan(q.shape, **scoring)
+        splash = _splash("kernel")
 
         def one(
             q: Any, k: Any, v: Any, out: Any, out_grad: Any, s: jax.Array, log_total: jax.Array
@@ -128,6 +139,7 @@ class Splash:
 
         And FLOPs of one matmul over the pairs of blocks that it leaves.
         """
+        splash, masks, mask_info = map(_splash, ("kernel", "mask", "mask_info"))
         b, t, h, k = shape
         block = next(size for size in (512, 384, 256, 128) if t % size == 0)
         mask = masks.CausalMask((t, t))
@@ -176,10 +188,6 @@ class Triton:
     def __init__(self, *, interpret: bool = False) -> None:
         """Makes it; `interpret` runs it on CPU, slowly."""
         self._interpret = interpret
-        sizes = dict.fromkeys(
-            ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), self._BACKWARD
-        )
-        self._blocks = triton.BlockSizes(block_q=self._FORWARD, block_k=self._BACKWARD, **sizes)
 
     def why_not(self, length: int, *, softcap: float, window: int) -> str:
         """See `Kernel`."""
@@ -196,10 +204,10 @@ class Triton:
         copies = q.shape[2] // k.shape[2]
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
         with jax.named_scope(kernel_flops(2 * self._flops(q.shape, self._FORWARD))):
-            return triton.mha(
+            return _triton().mha(
                 *(q, k, v, segments),
                 causal=True,
-                block_sizes=self._blocks,
+                block_sizes=self._blocks(),
                 return_residuals=True,
                 interpret=self._interpret,
             )
@@ -211,8 +219,8 @@ class Triton:
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
         # Told of both kernels, the sum before the gradient and the gradient: half for each.
         with jax.named_scope(kernel_flops(7 / 2 * self._flops(q.shape, self._BACKWARD))):
-            q_grad, *kv_grads, _ = triton._mha_backward(
-                1.0, True, self._blocks, "triton", None, 2, None, self._interpret, False, False,
+            q_grad, *kv_grads, _ = _triton()._mha_backward(
+                1.0, True, self._blocks(), "triton", None, 2, None, self._interpret, False, False,
                 (q, k, v, segments, out, log_total), out_grad,
             )  # fmt: skip
         b, t, _, width = k.shape
@@ -221,6 +229,11 @@ class Triton:
             for x in kv_grads
         )
         return q_grad, k_grad, v_grad
+
+    def _blocks(self) -> Any:
+        cuts = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+        sizes = dict.fromkeys(cuts, self._BACKWARD)
+        return _triton().BlockSizes(block_q=self._FORWARD, block_k=self._BACKWARD, **sizes)
 
     def _flops(self, shape: tuple[int, ...], block: int) -> int:
         """FLOPs of one matmul over all blocks that a causal mask leaves."""
