@@ -4,14 +4,15 @@ What the user sets in a platform's variable is left as it is; SPMD_TRAIN_XLA_FLA
 GPUs have none: what NVIDIA recommends (https://docs.nvidia.com/jax-toolbox), the latency-hiding
 scheduler, is on by default in jaxlib 0.10 and changes nothing in a compiled step.
 
-Tried for sums of gradients over fsdp and left out (libtpu 0.0.42, `docs/speed.md`, "Overlap"):
-`xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter` runs out of a kernel's memory on
-v5p:2x2x1, where they are reduce-scatters; nothing makes reduce-scatters of the all-reduces of v5p's
-tori in three dims (`xla_tpu_enable_3d_reduce_scatter_decomposer`,
-`xla_tpu_enable_all_reduce_scatter_fusion`, `xla_tpu_assign_all_reduce_scatter_layout`, ...);
-`xla_tpu_enable_ici_rs_pipelining` takes memory and hides nothing; offloading them to the sparse
-cores (`xla_tpu_enable_sparse_core_collective_offload_all_reduce`) overlaps as much for less memory,
-but nobody here has seen it run.
+Tried for sums of gradients over fsdp and left out, all by libtpu 0.0.42. On v5p:2x2x1, where they
+are reduce-scatters, `xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter` runs out of a
+kernel's memory, so there they overlap with nothing. On v5p:4x4x4 they are all-reduces; in a scanned
+MLP of 4096 x 11008 nothing made reduce-scatters of them
+(`xla_tpu_enable_3d_reduce_scatter_decomposer`, `xla_tpu_enable_all_reduce_scatter_fusion`,
+`xla_tpu_assign_all_reduce_scatter_layout`, ...), `xla_tpu_enable_ici_rs_pipelining` took memory and
+hid nothing, and offloading them to the sparse cores
+(`xla_tpu_enable_sparse_core_collective_offload_all_reduce`) overlapped as much for less memory; but
+that has not been seen to run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Flag(NamedTuple):
 
 _MAXTEXT = "https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py"
 _GATHERS = "all-gathers run while something is computed; by default those of v5p do not"
-_SUMS = "sums of gradients over fsdp run while something is computed; by default none does"
+_SUMS = (
+    "sums of gradients over fsdp run while something is computed; by default those of v5p do not"
+)
 _APART = "large sums are not made one: those wait for the last of them, and for nothing else"
 _REDUCTIONS = "sums of gradients over data wait for the end of the backward pass, and for less"
 
