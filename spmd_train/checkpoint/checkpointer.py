@@ -227,8 +227,12 @@ class Checkpointer:
 
 
 def _array_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
-    """Replicas write parts of an array each, but of small ones: a part is a program to compile."""
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_PART_BYTES)
+    """Replicas write a part of an array each; within a process not of small ones.
+
+    A part is a slice, and the slice a program to compile, for each shape.
+    """
+    least = _PART_BYTES if jax.process_count() == 1 else None
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=least)
     numpy_arrays = (np.ndarray, ocp.type_handlers.NumpyHandler())
     return ocp.type_handlers.create_type_handler_registry((jax.Array, handler), numpy_arrays)
 
