@@ -201,8 +201,6 @@ def main() -> None:
         log=log,
         before_clip=before_clip,
     )
-    if args.mode == "ddp":
-        dist.destroy_process_group()  # Else gloo's thread may abort the process at its end.
 
 
 if __name__ == "__main__":
