@@ -175,7 +175,9 @@ def run(name: str, job: Job) -> dict[int, Record]:
             if ended:
                 break
             time.sleep(0.05)
-    if process.returncode or job.num_steps not in records:
+    # torch's DDP may abort at its very end, with all its steps logged.
+    failed = process.returncode and peer.venv is None
+    if failed or job.num_steps not in records:
         raise SystemExit(f"{name}: exit {process.returncode}\n{log_path.read_text()[-3000:]}")
     return records
 
