@@ -40,7 +40,7 @@ LOSS_TOLERANCE = 2e-6
 
 
 class Shape(NamedTuple):
-    """A model, its batch, and how many steps of it are timed."""
+    """A model, its batch, and how many steps of it are timed: a multiple of `WARM_STEPS`."""
 
     num_layers: int
     embed_dim: int

@@ -46,6 +46,7 @@ from spmd_train.data import Dataset, open_dataset
 SHAPE = SHAPES["S"]
 TOKENS_PER_BATCH = SHAPE.batch_size * SHAPE.sequence_length
 NUM_PLACES, BATCHES_PER_PLACE = 50, 20
+LATE_STEP = 10_000_000
 _WHAT_IS_WHOSE = (
     "\n\nOwn memory is `RssAnon`; most of it Python and the libraries had before the data was "
     "opened. Tokens and where documents start are files mapped into memory; the pages of a batch "
@@ -53,7 +54,6 @@ _WHAT_IS_WHOSE = (
     f"Reading: a batch of a run resumed at step 10^7, then {NUM_PLACES * BATCHES_PER_PLACE:,} "
     f"batches in {NUM_PLACES} places."
 )
-LATE_STEP = 10_000_000
 
 
 def library() -> list[str]:
@@ -183,8 +183,9 @@ def speeds(folder: pathlib.Path, *, num_batches: int, trainer_rate: float) -> st
         keys[kind] = {"source": kind, "path": path}
     keys["mixture"] = {"mixture": {"a": keys["text"], "b": keys["jsonl"]}}
     made["mixture"] = ("text and jsonl in turn", "")
-    lines = [("source", "a document is", "tokenizer", "documents", "tokenized, once", "read", "")]
-    lines[0] = (*lines[0][:4], "tokenized, once: tokens/s", "read: tokens/s", "times the trainer")
+    what_is_told = ("source", "a document is", "tokenizer", "documents")
+    rates = ("tokenized, once: tokens/s", "read: tokens/s", "times the trainer")
+    lines: list[tuple[str, ...]] = [(*what_is_told, *rates)]
     for kind, (what, _) in made.items():
         for name, make in TOKENIZERS.items():
             if name != "bytes" and kind not in ("text", "jsonl", "mixture"):

@@ -5,24 +5,10 @@ import startup
 
 from spmd_train.config import parse, to_json
 
-FORBIDDEN = {
-    *(
-        "torch",
-        "tensorflow",
-        "transformers",
-        "datasets",
-        "pyarrow",
-        "pandas",
-        "matplotlib",
-        "wandb",
-    ),
-    *(
-        "jax.experimental.pallas",
-        "spmd_train.plan",
-        "spmd_train.interop",
-        "spmd_train.observe.html",
-    ),
-}
+FORBIDDEN = set(
+    "torch tensorflow transformers datasets pyarrow pandas matplotlib wandb "
+    "jax.experimental.pallas spmd_train.plan spmd_train.interop spmd_train.observe.html".split()
+)
 
 
 @pytest.fixture(scope="module")
