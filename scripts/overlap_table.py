@@ -14,7 +14,7 @@ import sys
 from plan_json import ROOT, markdown_table, plan_json
 from sections import write_section
 
-# Config, target, sequences on each device, devices. Of the layers there are four: they are all alike.
+# Config, target, sequences on each device, devices. Four of the layers, which are all alike.
 POINTS = (
     ("llama2_7b.py", "v5p:4x4x4", 2, 64),
     ("llama2_7b.py", "v5e:4x4", 1, 16),

@@ -5,10 +5,9 @@ import startup
 
 from spmd_train.config import parse, to_json
 
-FORBIDDEN = set(
-    "torch tensorflow transformers datasets pyarrow pandas matplotlib wandb "
-    "jax.experimental.pallas spmd_train.plan spmd_train.interop spmd_train.observe.html".split()
-)
+FORBIDDEN = {"torch", "tensorflow", "transformers", "datasets", "pyarrow", "pandas", "matplotlib"}
+FORBIDDEN |= {"wandb", "jax.experimental.pallas"}
+FORBIDDEN |= {"spmd_train.plan", "spmd_train.interop", "spmd_train.observe.html"}
 
 
 @pytest.fixture(scope="module")
