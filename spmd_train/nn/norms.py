@@ -20,7 +20,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes [..., size]."""
-        x32, scale = x.astype(jnp.float32), self.scale[...].astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
         if flat_tokens():
             return rms_normalize(x32, scale, self.epsilon).astype(x.dtype)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
