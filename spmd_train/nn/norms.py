@@ -23,7 +23,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         scale = self.scale[...].astype(jnp.float32)
         if flat_tokens():
-            return rms_normalize(x32, scale, self.epsilon).astype(x.dtype)
+            return jnp.asarray(rms_normalize(x32, scale, self.epsilon), x.dtype)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(variance + self.epsilon)
         return (y * scale).astype(x.dtype)
