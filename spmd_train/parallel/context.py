@@ -8,7 +8,8 @@
 
 Each is a `shard_map` over every axis that shards the attention's arrays, with its own derivative
 rule: the backward pass makes a tile's scores again, so that memory stays linear in the tokens of
-a device, and it can stand inside another `shard_map`.
+a device, and it can stand inside another `shard_map`. What a device computes is done by the
+platform's kernel (`by_kernel`), where it has one that can, else in plain JAX (`blockwise`).
 
 Dims: B batch, T a device's queries, S keys, H query heads, G key heads, K head width.
 """
@@ -19,24 +20,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from spmd_train.config import MESH_AXES
-from spmd_train.parallel import blockwise
-from spmd_train.parallel.blockwise import (
-    Gradients,
-    Keys,
-    Pairs,
-    Result,
-    Running,
-    Scoring,
-    Tokens,
-)
+from spmd_train.parallel.blockwise import Blocks, Gradients, Keys, Result, Tokens, zero_gradients
+from spmd_train.parallel.by_kernel import ByKernel, Kernel, Scoring
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
-from spmd_train.parallel.placement import Placement, RingStep, Tiles, stacked
+from spmd_train.parallel.placement import Placement, RingStep, Tiles
 from spmd_train.parallel.rules import (
     axes_of,
     current_layout,
@@ -44,11 +37,57 @@ from spmd_train.parallel.rules import (
     dims_of,
     manual_axes,
     to_spec,
+    vary,
 )
-from spmd_train.parallel.sequence import check_heads, check_sequence
+from spmd_train.parallel.sequence import check_heads, placement_of
 
 QKV = tuple[jax.Array, ...]
 """Arrays that belong to queries, keys and values."""
+
+
+class Attending(Protocol):
+    """How a device attends to keys that it has: step after step, into one softmax."""
+
+    def walk(self, steps: Sequence[Tiles], axes: Sequence[str]) -> Any:
+        """This device's tables of pairs of tiles: arrays [L, ...] for L steps."""
+        ...
+
+    def begin(self, q_BGRTK: jax.Array, keys: Keys) -> Any:
+        """The softmax over no key yet."""
+        ...
+
+    def attend(
+        self, running: Any, q_BGRTK: jax.Array, queries: Tokens, keys: Keys, walk: Any
+    ) -> Any:
+        """Takes keys into the softmax.
+
+        Args:
+            running: so far.
+            q_BGRTK: queries, scaled.
+            queries: their segments and positions.
+            keys: keys and values.
+            walk: of one step, the pairs of tiles to compute.
+
+        Returns:
+            The softmax with them.
+        """
+        ...
+
+    def finish(self, running: Any) -> tuple[jax.Array, jax.Array]:
+        """Output [B, G, R, T, K] and log of the sum of exponentials [B, G, R, T], float32."""
+        ...
+
+    def gradients(
+        self,
+        grads: Gradients,
+        q_BGRTK: jax.Array,
+        queries: Tokens,
+        result: Result,
+        keys: Keys,
+        walk: Any,
+    ) -> Gradients:
+        """Adds the gradients of `attend` for the same pairs of tiles."""
+        ...
 
 
 def attend_split(
@@ -59,6 +98,7 @@ def attend_split(
     tokens: Tokens,
     softcap: float,
     window: int,
+    kernel: Kernel | None = None,
 ) -> jax.Array:
     """`nn.attention.attend` for tokens that lie on the devices as the layout places them.
 
@@ -69,6 +109,7 @@ def attend_split(
         tokens: segments and positions, [B, T].
         softcap: of the scores; 0: off.
         window: a key is visible if it is less than so many positions before; 0: off.
+        kernel: that computes it; None: plain JAX does.
 
     Returns:
         [B, T, H, K] in the dtype of `q_BTHK`.
@@ -80,34 +121,38 @@ def attend_split(
     assert layout is not None
     axes = layout.axes("sequence")
     assert not set(axes) & set(manual_axes()), "attend_split takes whole sequences"
-    check_sequence(q_BTHK.shape[1], layout)
+    sizes = kernel.sizes if kernel else ()
+    placement = placement_of(q_BTHK.shape[1], window=window, sizes=sizes)
     check_heads(q_BTHK.shape[2], k_BTGK.shape[2], layout)
-    placement = Placement(
-        name=layout.context.placement,
-        num_devices=layout.size(axes),
-        length=q_BTHK.shape[1],
-        window=window,
-    )
     method = _METHODS[layout.context.method]
 
-    q_dims = dims_of(
-        layout.activation_spec(q_BTHK.shape, ("batch", "sequence", "heads", None)), ndim=4
+    names = ("batch", "sequence", "heads", None), ("batch", "sequence", "kv_heads", None)
+    q_dims, k_dims = (
+        dims_of(layout.activation_spec(x.shape, axes), ndim=4)
+        for x, axes in zip((q_BTHK, k_BTGK), names, strict=True)
     )
-    k_dims = dims_of(
-        layout.activation_spec(k_BTGK.shape, ("batch", "sequence", "kv_heads", None)), ndim=4
-    )
-    # Where a device's query heads do not go with its key heads, heads are left to XLA.
-    heads = q_dims[2] if q_dims[2] == k_dims[2] else ()
+    heads = q_dims[2]
+    if k_dims[2] != heads and kernel:
+        # A device's query heads need key heads that it does not have: each gets its own copy.
+        copies = q_BTHK.shape[2] // k_BTGK.shape[2]
+        k_BTGK, v_BTGK = (jnp.repeat(x, copies, axis=2) for x in (k_BTGK, v_BTGK))
+    elif k_dims[2] != heads:
+        heads = ()  # They are left to XLA.
     kv_copies = max(1, layout.size(axes) // (k_BTGK.shape[2] // layout.size(heads)))
     by_groups = current_platform() == "cpu" and "pipeline" in manual_axes()
-    scoring = Scoring(softcap, window, placement.tile)
-    split = _Split(axes, placement, scoring, kv_copies, by_groups)
+    by: Attending = Blocks(softcap, window, placement.tile)
+    if kernel:
+        by = ByKernel(kernel, Scoring(softcap, window))
+    split = _Split(axes, placement, by, kv_copies, by_groups)
     spec = to_spec([q_dims[0], axes, heads])
     token_spec = to_spec([q_dims[0], axes])
     qkv_specs = (spec, spec, spec)
     saved_specs = method.saved_specs(q_dims[0], axes, heads)
-    manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
-    by_hand = functools.partial(by_hand_over, layout=layout, axes=manual)
+    # A kernel is a device's own: XLA cannot share it out over the axes that are left to it.
+    taken = set(MESH_AXES) - set(manual_axes()) if kernel else set(axes_of(spec))
+    manual = tuple(a for a in MESH_AXES if a in taken)
+    by_hand = functools.partial(by_hand_over, layout=layout, axes=manual, check=kernel is None)
+    varied = vary if kernel else lambda tree: tree
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, Any]:
         run = by_hand(
@@ -116,7 +161,7 @@ def attend_split(
             out_specs=(spec, saved_specs),
         )
         with jax.named_scope(layout.context.method):
-            out, saved = opaque(run)(q, k, v, tokens)
+            out, saved = varied(opaque(run)(q, k, v, tokens))
         return out, (saved, out, tokens)
 
     def backward(residuals: Any, out_grad: jax.Array) -> tuple[Any, ...]:
@@ -127,7 +172,7 @@ def attend_split(
             out_specs=qkv_specs,
         )
         with jax.named_scope(layout.context.method):
-            grads = opaque(run)(saved, tokens, out, out_grad)
+            grads = varied(opaque(run)(saved, tokens, out, out_grad))
         return *grads, jax.tree.map(no_gradient, tokens)
 
     @jax.custom_vjp
@@ -145,7 +190,7 @@ class _Split:
     Attributes:
         axes: mesh axes of the sequence.
         placement: where its tokens are.
-        scoring: how a query weighs a key.
+        by: computes a step.
         kv_copies: ulysses: each key head is sent so often. With fewer key heads than devices, so
             each device has the one that its query heads look at.
         by_groups: the ring sends by all-gathers. XLA's CPU runtime lets every device of the mesh
@@ -155,7 +200,7 @@ class _Split:
 
     axes: tuple[str, ...]
     placement: Placement
-    scoring: Scoring
+    by: Attending
     kv_copies: int
     by_groups: bool
 
@@ -170,23 +215,18 @@ class _Split:
         return jax.lax.ppermute(tree, self.axes, [(i, (i + distance) % c) for i in range(c)])
 
     def go_round(self, step: Callable[..., Any], carry: Any) -> Any:
-        """Runs `step(carry, pairs, ring_step)` for each step of the ring; alike ones in a loop.
+        """Runs `step(carry, walk, ring_step)` for each step of the ring; alike ones in a loop.
 
         A loop also bounds what is in flight: transfers do not wait for compute, and side by side
         they would bring the keys of all devices here at once.
         """
         for ring in self.placement.grouped_ring():
-            pairs, counts = stacked(ring.tiles, self.axes)
+            walk = self.by.walk(ring.tiles, self.axes)
             if len(ring.tiles) == 1:
-                count = counts if isinstance(counts, int) else counts[0]
-                carry = step(carry, (pairs[0], count), ring)
-            elif isinstance(counts, int):
-                carry = jax.lax.scan(
-                    lambda c, p, n=counts, r=ring: (step(c, (p, n), r), None), carry, pairs
-                )[0]
+                carry = step(carry, _only(walk), ring)
             else:
                 carry = jax.lax.scan(
-                    lambda c, xs, r=ring: (step(c, xs, r), None), carry, (pairs, counts)
+                    lambda carry, one, r=ring: (step(carry, one, r), None), carry, walk
                 )[0]
         return carry
 
@@ -201,6 +241,11 @@ class _Split:
     def to_tokens(self, x_BSH: jax.Array) -> jax.Array:
         """`to_heads` undone."""
         return jax.lax.all_to_all(x_BSH, self.axes, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _only(walk: Any) -> Any:
+    """Of a walk over one step."""
+    return jax.tree.map(lambda table: table[0], walk)
 
 
 def _heads_first(
@@ -246,15 +291,14 @@ def _sequence_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[
 def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
     q_BGRTK, held = _heads_first(q, k, v, tokens)
 
-    def step(carry: tuple[Running, Keys], pairs: Pairs, ring: RingStep) -> tuple[Running, Keys]:
+    def step(carry: tuple[Any, Keys], walk: Any, ring: RingStep) -> tuple[Any, Keys]:
         running, held = carry
         # Sent before it is needed: the compute below, which needs it not, can hide the transfer.
         coming = split.send(held, distance=ring.distance_out)
-        running = blockwise.attend_tiles(running, q_BGRTK, tokens, held, pairs, split.scoring)
-        return running, coming
+        return split.by.attend(running, q_BGRTK, tokens, held, walk), coming
 
-    running, _ = split.go_round(step, (blockwise.begin(q_BGRTK, held), held))
-    out, log_total = blockwise.finish(running)
+    running, _ = split.go_round(step, (split.by.begin(q_BGRTK, held), held))
+    out, log_total = split.by.finish(running)
     return _ungroup(out, q.dtype), (q, k, v, _ungroup(log_total, jnp.float32))
 
 
@@ -263,15 +307,15 @@ def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, ou
     q_BGRTK, held = _heads_first(q, k, v, tokens)
     group = functools.partial(_group, num_groups=k.shape[2])
     result = Result(group(out_grad), group(log_total), group(_dot(out, out_grad)))
-    zeros = blockwise.zero_gradients(q_BGRTK, held)
+    zeros = zero_gradients(q_BGRTK, held)
 
-    def step(carry: tuple[Gradients, Keys], pairs: Pairs, ring: RingStep):
+    def step(carry: tuple[Gradients, Keys], walk: Any, ring: RingStep):
         grads, held = carry
         coming = split.send(held, distance=ring.distance_out)
         # The gradients of keys go round with them, and are added to when they are here.
         arriving = split.send(grads[1:], distance=ring.distance_in)
         own = Gradients(grads.q, zeros.k, zeros.v)
-        own = blockwise.gradient_tiles(own, q_BGRTK, tokens, result, held, pairs, split.scoring)
+        own = split.by.gradients(own, q_BGRTK, tokens, result, held, walk)
         return Gradients(own.q, *map(jnp.add, own[1:], arriving)), coming
 
     grads, _ = split.go_round(step, (zeros, held))
@@ -291,15 +335,9 @@ def _here(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention where all keys are at hand: output and log_total [B, T, H]."""
     q_BGRTK, held = _heads_first(q, k, v, keys)
-    running = blockwise.attend_tiles(
-        blockwise.begin(q_BGRTK, held),
-        q_BGRTK,
-        queries,
-        held,
-        tiles.mine(split.axes),
-        split.scoring,
-    )
-    out, log_total = blockwise.finish(running)
+    walk = _only(split.by.walk([tiles], split.axes))
+    running = split.by.attend(split.by.begin(q_BGRTK, held), q_BGRTK, queries, held, walk)
+    out, log_total = split.by.finish(running)
     return _ungroup(out, q.dtype), _ungroup(log_total, jnp.float32)
 
 
@@ -315,14 +353,13 @@ def _here_backward(
 ) -> Gradients:
     """Gradients of `_here`, out of the output's gradient, log_total and `_dot`."""
     q_BGRTK, held = _heads_first(q, k, v, keys)
-    return blockwise.gradient_tiles(
-        blockwise.zero_gradients(q_BGRTK, held),
+    return split.by.gradients(
+        zero_gradients(q_BGRTK, held),
         q_BGRTK,
         queries,
         Result(*(_group(x, k.shape[2]) for x in results)),
         held,
-        tiles.mine(split.axes),
-        split.scoring,
+        _only(split.by.walk([tiles], split.axes)),
     )
 
 
