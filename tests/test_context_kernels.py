@@ -109,6 +109,23 @@ def test_context_kernels_that_cannot_be_are_refused_before_anything_is_written(u
     build(parse(keys | {"context": {"placement": "contiguous", "method": "ulysses"}}))
 
 
+@pytest.mark.parametrize(("method", "steps"), [("ring", 2), ("ulysses", 1)])
+@pytest.mark.parametrize(("remat", "forwards"), [("projections", 1), ("full", 2)])
+def test_context_kernels_run_again_only_under_full_remat(method, steps, remat, forwards, use):
+    use("splash")
+    program = program_of(
+        {"context": 2},
+        model=dataclasses.replace(MODEL, attention="flash", remat=remat),
+        context=ContextConfig(method=method, placement="contiguous"),
+        length=256,
+        global_batch_size=1,
+    )
+    traced = program.train_step.trace(program.abstract_state, program.abstract_batch)
+    names = [eqn.params["name"] for eqn in kernels_of(traced.jaxpr.jaxpr)]
+    assert sum("_fwd_" in name for name in names) == steps * forwards, names
+    assert len(names) == steps * (forwards + 2), names
+
+
 def test_context_kernels_train_as_blocks_where_stages_are_idle(use):
     """Inside the `shard_map` of a pipeline; and with axes that the attention does not use."""
     model = dataclasses.replace(MODEL, num_kv_heads=2, num_heads=4, attention="blocks")

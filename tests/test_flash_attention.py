@@ -99,7 +99,7 @@ def test_flash_of_gpus_is_for_those_that_can(capability, fits, monkeypatch):
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(attention_kernels, "current_device", lambda: device)
     whole = Placement(name="contiguous", num_devices=1, length=256)
-    why = Triton().why_not(whole, Scoring(0.0, 0), whole=True)
+    why = Triton().why_not(whole, Scoring(0.0, 0), queries=256, keys=256)
     assert (why == "") == fits and ("Ampere" in why) != fits
 
 

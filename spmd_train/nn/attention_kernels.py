@@ -86,17 +86,26 @@ class Splash:
     one kernel serves devices that have different pairs.
     """
 
-    sizes = (512, 384, 256, 128)
-    lowest = float(0.5 * jnp.finfo(jnp.float32).min)
+    sizes: tuple[int, ...] = (512, 384, 256, 128)
+    lowest: float = float(0.5 * jnp.finfo(jnp.float32).min)
     _WIDTH = 128
     """A TPU's lanes: heads are padded to whole ones, which costs nothing there."""
+    _MOST_PAIRS = 250_000
+    """Of 4 bytes each in `_Table`: what fits into 1 MiB of scalar memory (tried on v5e)."""
 
     def __init__(self, *, interpret: bool = False) -> None:
         """Makes it; `interpret` runs it on CPU, slowly."""
         self._interpret = interpret
 
-    def why_not(self, placement: Placement, scoring: Scoring, *, whole: bool) -> str:
+    def why_not(self, placement: Placement, scoring: Scoring, *, queries: int, keys: int) -> str:
         """See `Kernel`."""
+        tile = placement.tile
+        reach = min(keys // tile, scoring.window // tile + 2) if scoring.window else keys // tile
+        if queries // tile * reach > self._MOST_PAIRS:
+            return (
+                f"{queries:,} queries and {keys:,} keys on a device have more tiles than a TPU's "
+                "scalar memory; split sequences further (mesh.context), or take ring"
+            )
         return _why_no_multiple(placement, self._WIDTH)
 
     def walk(self, steps: Sequence[Tiles], scoring: Scoring) -> _Walk:
@@ -260,8 +269,8 @@ class Triton:
     tokens in order only: where they are not, it is given them in order.
     """
 
-    sizes = (512, 256, 128)
-    lowest = -jnp.inf
+    sizes: tuple[int, ...] = (512, 256, 128)
+    lowest: float = -jnp.inf
     _FORWARD, _BACKWARD = 128, 64
     """Rows and columns of a block."""
 
@@ -269,13 +278,13 @@ class Triton:
         """Makes it; `interpret` runs it on CPU, slowly."""
         self._interpret = interpret
 
-    def why_not(self, placement: Placement, scoring: Scoring, *, whole: bool) -> str:
+    def why_not(self, placement: Placement, scoring: Scoring, *, queries: int, keys: int) -> str:
         """See `Kernel`."""
         if not self._interpret and not _is_ampere(current_device()):
             return "that of gpu is for NVIDIA's since Ampere (compute capability 8.0)"
         if scoring.softcap or scoring.window:
             return "that of gpu knows no model.attention_softcap and no model.sliding_window"
-        if not whole:
+        if not queries == keys == placement.length:
             return "that of gpu takes whole sequences, as context.method=ulysses has them"
         return _why_no_multiple(placement, self._FORWARD)
 

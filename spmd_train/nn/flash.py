@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import MESH_AXES, ConfigError
 from spmd_train.nn.attention_kernels import Splash, Triton
-from spmd_train.parallel.by_kernel import Kernel, Scoring
+from spmd_train.parallel.by_kernel import SAVED_NAME, Kernel, Scoring
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
 from spmd_train.parallel.placement import Placement
 from spmd_train.parallel.rules import (
@@ -32,9 +32,6 @@ from spmd_train.parallel.rules import (
     vary,
 )
 from spmd_train.parallel.sequence import placement_of, split_axes
-
-SAVED_NAME = "attention"
-"""The name under which a remat policy can keep what a kernel's forward pass returns."""
 
 KERNELS: dict[str, Kernel] = {"tpu": Splash(), "gpu": Triton()}
 """Platform to its kernel."""
@@ -51,8 +48,13 @@ def kernel_for(length: int, *, softcap: float, window: int, needed: bool) -> Ker
     why = f"there is none for {platform}, only for {' and '.join(KERNELS)}"
     if kernel:
         placement = placement_of(length, window=window, sizes=kernel.sizes)
-        whole = layout is None or not split_axes() or layout.context.method == "ulysses"
-        why = kernel.why_not(placement, Scoring(softcap, window), whole=whole)
+        queries = keys = length
+        if layout is not None and split_axes():
+            own, method = length // placement.num_devices, layout.context.method
+            queries, keys = {"ring": (own, own), "all_gather": (own, length)}.get(
+                method, (length, length)
+            )
+        why = kernel.why_not(placement, Scoring(softcap, window), queries=queries, keys=keys)
     if why and needed:
         raise ConfigError(
             f"model.attention=flash: no attention kernel: {why}; take auto, which then computes "

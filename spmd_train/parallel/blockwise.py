@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,51 @@ def zero_gradients(q_BGRTK: jax.Array, keys: Keys) -> Gradients:
     return Gradients(q, k, v)
 
 
+class Attending(Protocol):
+    """How a device attends to keys that it has: step after step, into one softmax."""
+
+    def walk(self, steps: Sequence[Tiles], axes: Sequence[str]) -> Any:
+        """This device's tables of pairs of tiles: arrays [L, ...] for L steps."""
+        ...
+
+    def begin(self, q_BGRTK: jax.Array, keys: Keys) -> Any:
+        """The softmax over no key yet."""
+        ...
+
+    def attend(
+        self, running: Any, q_BGRTK: jax.Array, queries: Tokens, keys: Keys, walk: Any
+    ) -> Any:
+        """Takes keys into the softmax.
+
+        Args:
+            running: so far.
+            q_BGRTK: queries, scaled.
+            queries: their segments and positions.
+            keys: keys and values.
+            walk: of one step, the pairs of tiles to compute.
+
+        Returns:
+            The softmax with them.
+        """
+        ...
+
+    def finish(self, running: Any) -> tuple[jax.Array, jax.Array]:
+        """Output [B, G, R, T, K] and log of the sum of exponentials [B, G, R, T], float32."""
+        ...
+
+    def gradients(
+        self,
+        grads: Gradients,
+        q_BGRTK: jax.Array,
+        queries: Tokens,
+        result: Result,
+        keys: Keys,
+        walk: Any,
+    ) -> Gradients:
+        """Adds the gradients of `attend` for the same pairs of tiles."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pairs:
@@ -119,7 +164,7 @@ class Blocks:
     tile: int
 
     def walk(self, steps: Sequence[Tiles], axes: Sequence[str]) -> Pairs:
-        """See `context.Attending`."""
+        """See `Attending`."""
         longest = max(tiles.pairs.shape[1] for tiles in steps)
         pairs = np.stack(
             [np.pad(t.pairs, ((0, 0), (0, longest - t.pairs.shape[1]), (0, 0))) for t in steps],
@@ -130,7 +175,7 @@ class Blocks:
         return Pairs(mine(pairs, axes), None if alike else mine(counts, axes), int(counts[0, 0]))
 
     def begin(self, q_BGRTK: jax.Array, keys: Keys) -> Running:
-        """See `context.Attending`."""
+        """See `Attending`."""
         like = (q_BGRTK, keys.k, keys.v)
         out = varying_zeros(q_BGRTK.shape, jnp.float32, varying_like=like)
         return Running(out[..., 0] + _LOWEST, out[..., 0], out)
@@ -138,7 +183,7 @@ class Blocks:
     def attend(
         self, running: Running, q_BGRTK: jax.Array, queries: Tokens, keys: Keys, walk: Pairs
     ) -> Running:
-        """See `context.Attending`. A query's sums are right once it has met a key that it sees."""
+        """See `Attending`. A query's sums are right once it has met a key that it sees."""
 
         def body(n: jax.Array | int, running: Running) -> Running:
             i, j = walk.tiles[n, 0] * self.tile, walk.tiles[n, 1] * self.tile
@@ -161,7 +206,7 @@ class Blocks:
         return jax.lax.fori_loop(0, walk.all if walk.counts is None else walk.counts, body, running)
 
     def finish(self, running: Running) -> tuple[jax.Array, jax.Array]:
-        """See `context.Attending`."""
+        """See `Attending`."""
         return running.out / running.total[..., None], running.highest + jnp.log(running.total)
 
     def gradients(
@@ -173,7 +218,7 @@ class Blocks:
         keys: Keys,
         walk: Pairs,
     ) -> Gradients:
-        """See `context.Attending`; the weights are made again."""
+        """See `Attending`; the weights are made again."""
 
         def body(n: jax.Array | int, grads: Gradients) -> Gradients:
             i, j = walk.tiles[n, 0] * self.tile, walk.tiles[n, 1] * self.tile

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from spmd_train.parallel.blockwise import Gradients, Keys, Result, Tokens
 from spmd_train.parallel.placement import Placement, Tiles, mine
 
+SAVED_NAME = "attention"
+"""The name under which a remat policy can keep what a kernel's forward pass returns."""
+
 
 class Scoring(NamedTuple):
     """How a query weighs a key: soft cap and sliding window; 0: off."""
@@ -37,13 +40,14 @@ class Kernel(Protocol):
     sizes: tuple[int, ...]
     lowest: float
 
-    def why_not(self, placement: Placement, scoring: Scoring, *, whole: bool) -> str:
+    def why_not(self, placement: Placement, scoring: Scoring, *, queries: int, keys: int) -> str:
         """What the kernel cannot do of sequences on these devices; empty: it can.
 
         Args:
             placement: with tiles of the kernel's sizes.
             scoring: soft cap and window.
-            whole: every device has all tokens (of some heads).
+            queries: tokens whose queries a device has.
+            keys: tokens whose keys it meets at one time.
         """
         ...
 
@@ -110,18 +114,18 @@ class Merged(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ByKernel:
-    """`context.Attending` by a kernel."""
+    """`Attending` by a kernel."""
 
     kernel: Kernel
     scoring: Scoring
 
     def walk(self, steps: Sequence[Tiles], axes: Sequence[str]) -> Any:
-        """See `context.Attending`."""
+        """See `Attending`."""
         tables = self.kernel.walk(steps, self.scoring)
         return jax.tree.map(lambda table: mine(table, axes), tables)
 
     def begin(self, q_BGRTK: jax.Array, keys: Keys) -> None:
-        """See `context.Attending`: there is nothing to merge with yet."""
+        """See `Attending`: there is nothing to merge with yet."""
         return None
 
     def attend(
@@ -132,7 +136,7 @@ class ByKernel:
         keys: Keys,
         walk: Any,
     ) -> Merged:
-        """See `context.Attending`. In the first step every query sees a key: itself."""
+        """See `Attending`. In the first step every query sees a key: itself."""
         segments = queries.segment_ids, keys.tokens.segment_ids
         out, log_total = self.kernel.forward(
             _heads(q_BGRTK), keys.k, keys.v, segments, walk, self.scoring
@@ -153,7 +157,7 @@ class ByKernel:
         return Merged(merged, highest + jnp.log(total))
 
     def finish(self, running: Merged) -> tuple[jax.Array, jax.Array]:
-        """See `context.Attending`. [B, H, ...] where `Blocks` has [B, G, R, ...]."""
+        """See `Attending`. [B, H, ...] where `Blocks` has [B, G, R, ...]."""
         return running.out[:, None], running.log_total[:, None]
 
     def gradients(
@@ -165,7 +169,7 @@ class ByKernel:
         keys: Keys,
         walk: Any,
     ) -> Gradients:
-        """See `context.Attending`."""
+        """See `Attending`."""
         segments = queries.segment_ids, keys.tokens.segment_ids
         q, k, v = self.kernel.backward(
             *(_heads(q_BGRTK), keys.k, keys.v, segments, walk, self.scoring),

@@ -20,14 +20,24 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MESH_AXES
-from spmd_train.parallel.blockwise import Blocks, Gradients, Keys, Result, Tokens, zero_gradients
-from spmd_train.parallel.by_kernel import ByKernel, Kernel, Scoring
+from spmd_train.parallel.blockwise import (
+    Attending,
+    Blocks,
+    Gradients,
+    Keys,
+    Result,
+    Tokens,
+    zero_gradients,
+)
+from spmd_train.parallel.by_kernel import SAVED_NAME, ByKernel, Kernel, Scoring
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
 from spmd_train.parallel.placement import Placement, RingStep, Tiles
 from spmd_train.parallel.rules import (
@@ -43,51 +53,6 @@ from spmd_train.parallel.sequence import check_heads, placement_of
 
 QKV = tuple[jax.Array, ...]
 """Arrays that belong to queries, keys and values."""
-
-
-class Attending(Protocol):
-    """How a device attends to keys that it has: step after step, into one softmax."""
-
-    def walk(self, steps: Sequence[Tiles], axes: Sequence[str]) -> Any:
-        """This device's tables of pairs of tiles: arrays [L, ...] for L steps."""
-        ...
-
-    def begin(self, q_BGRTK: jax.Array, keys: Keys) -> Any:
-        """The softmax over no key yet."""
-        ...
-
-    def attend(
-        self, running: Any, q_BGRTK: jax.Array, queries: Tokens, keys: Keys, walk: Any
-    ) -> Any:
-        """Takes keys into the softmax.
-
-        Args:
-            running: so far.
-            q_BGRTK: queries, scaled.
-            queries: their segments and positions.
-            keys: keys and values.
-            walk: of one step, the pairs of tiles to compute.
-
-        Returns:
-            The softmax with them.
-        """
-        ...
-
-    def finish(self, running: Any) -> tuple[jax.Array, jax.Array]:
-        """Output [B, G, R, T, K] and log of the sum of exponentials [B, G, R, T], float32."""
-        ...
-
-    def gradients(
-        self,
-        grads: Gradients,
-        q_BGRTK: jax.Array,
-        queries: Tokens,
-        result: Result,
-        keys: Keys,
-        walk: Any,
-    ) -> Gradients:
-        """Adds the gradients of `attend` for the same pairs of tiles."""
-        ...
 
 
 def attend_split(
@@ -128,8 +93,8 @@ def attend_split(
 
     names = ("batch", "sequence", "heads", None), ("batch", "sequence", "kv_heads", None)
     q_dims, k_dims = (
-        dims_of(layout.activation_spec(x.shape, axes), ndim=4)
-        for x, axes in zip((q_BTHK, k_BTGK), names, strict=True)
+        dims_of(layout.activation_spec(x.shape, dims), ndim=4)
+        for x, dims in zip((q_BTHK, k_BTGK), names, strict=True)
     )
     heads = q_dims[2]
     if k_dims[2] != heads and kernel:
@@ -147,7 +112,7 @@ def attend_split(
     spec = to_spec([q_dims[0], axes, heads])
     token_spec = to_spec([q_dims[0], axes])
     qkv_specs = (spec, spec, spec)
-    saved_specs = method.saved_specs(q_dims[0], axes, heads)
+    entered = method.entered(q_dims[0], axes, heads)
     # A kernel is a device's own: XLA cannot share it out over the axes that are left to it.
     taken = set(MESH_AXES) - set(manual_axes()) if kernel else set(axes_of(spec))
     manual = tuple(a for a in MESH_AXES if a in taken)
@@ -155,20 +120,24 @@ def attend_split(
     varied = vary if kernel else lambda tree: tree
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, Any]:
-        run = by_hand(
-            functools.partial(method.forward, split),
-            in_specs=(*qkv_specs, token_spec),
-            out_specs=(spec, saved_specs),
-        )
+        qkv: QKV = (q, k, v)
         with jax.named_scope(layout.context.method):
-            out, saved = varied(opaque(run)(q, k, v, tokens))
-        return out, (saved, out, tokens)
+            if method.enter:
+                run = functools.partial(method.enter, split)
+                run = by_hand(run, in_specs=qkv_specs, out_specs=(entered,) * 3)
+                qkv = varied(opaque(run)(*qkv))
+            run = functools.partial(method.forward, split)
+            run = by_hand(run, in_specs=((entered,) * 3, token_spec), out_specs=(spec, entered))
+            out, log_total = varied(opaque(run)(qkv, tokens))
+        if kernel:
+            out, log_total = (checkpoint_name(x, SAVED_NAME) for x in (out, log_total))
+        return out, ((*qkv, log_total), out, tokens)
 
     def backward(residuals: Any, out_grad: jax.Array) -> tuple[Any, ...]:
         saved, out, tokens = residuals
         run = by_hand(
             functools.partial(method.backward, split),
-            in_specs=(saved_specs, token_spec, spec, spec),
+            in_specs=((entered,) * 4, token_spec, spec, spec),
             out_specs=qkv_specs,
         )
         with jax.named_scope(layout.context.method):
@@ -283,12 +252,12 @@ def _finish_gradients(grads: Gradients, q: jax.Array, k: jax.Array, v: jax.Array
     return q_grad, _swap(grads.k).astype(k.dtype), _swap(grads.v).astype(v.dtype)
 
 
-def _sequence_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> Any:
-    """Of what `ring` and `all_gather` save: q, k, v and log_total [B, T, H]."""
-    return (to_spec([batch, axes, heads]),) * 4
+def _by_tokens(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> P:
+    return to_spec([batch, axes, heads])
 
 
-def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+def _ring_forward(split: _Split, qkv: QKV, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    q, k, v = qkv
     q_BGRTK, held = _heads_first(q, k, v, tokens)
 
     def step(carry: tuple[Any, Keys], walk: Any, ring: RingStep) -> tuple[Any, Keys]:
@@ -299,7 +268,7 @@ def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, token
 
     running, _ = split.go_round(step, (split.by.begin(q_BGRTK, held), held))
     out, log_total = split.by.finish(running)
-    return _ungroup(out, q.dtype), (q, k, v, _ungroup(log_total, jnp.float32))
+    return _ungroup(out, q.dtype), _ungroup(log_total, jnp.float32)
 
 
 def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array):
@@ -363,10 +332,10 @@ def _here_backward(
     )
 
 
-def _gather_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+def _gather_forward(split: _Split, qkv: QKV, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    q, k, v = qkv
     all_k, all_v, keys = split.gather((k, v, tokens))
-    out, log_total = _here(split, split.placement.gathered(), tokens, keys, q, all_k, all_v)
-    return out, (q, k, v, log_total)
+    return _here(split, split.placement.gathered(), tokens, keys, q, all_k, all_v)
 
 
 def _gather_backward(
@@ -384,17 +353,19 @@ def _gather_backward(
     return _finish_gradients(Gradients(grads.q, k_grad, v_grad), q, k, v)
 
 
-def _heads_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> Any:
-    """Of what `ulysses` saves: q, k, v and log_total [B, S, H]."""
-    return (to_spec([batch, (), (*heads, *axes)]),) * 4
+def _by_heads(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> P:
+    return to_spec([batch, (), (*heads, *axes)])
 
 
-def _ulysses_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+def _ulysses_enter(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array) -> QKV:
     k, v = (jnp.repeat(x, split.kv_copies, axis=2) for x in (k, v))
-    q, k, v = (split.to_heads(x) for x in (q, k, v))
+    return tuple(split.to_heads(x) for x in (q, k, v))
+
+
+def _ulysses_forward(split: _Split, qkv: QKV, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     everywhere = split.gather(tokens)
-    out, log_total = _here(split, split.placement.whole(), everywhere, everywhere, q, k, v)
-    return split.to_tokens(out), (q, k, v, log_total)
+    out, log_total = _here(split, split.placement.whole(), everywhere, everywhere, *qkv)
+    return split.to_tokens(out), log_total
 
 
 def _ulysses_backward(
@@ -416,18 +387,22 @@ class _Method:
     """A way to attend over a split sequence.
 
     Attributes:
-        forward: `(split, q, k, v, tokens) -> (out, saved)`, on a device's shards.
-        backward: `(split, saved, tokens, out, out_grad) -> (q_grad, k_grad, v_grad)`.
-        saved_specs: of what `forward` saves, out of the mesh axes of batch, sequence and heads.
+        entered: how queries, keys, values (and log_total) then lie: a spec, out of the mesh axes of
+            batch, sequence and heads.
+        forward: `(split, (q, k, v), tokens) -> (out, log_total)`, on a device's shards.
+        backward: `(split, (q, k, v, log_total), tokens, out, out_grad) -> gradients`.
+        enter: `(split, q, k, v) -> (q, k, v)`, what is sent before; a step of its own, so that a
+            backward pass which has kept a kernel's results need not run that again for it.
     """
 
-    forward: Callable[..., Any]
+    entered: Callable[..., P]
+    forward: Callable[[_Split, QKV, Tokens], tuple[jax.Array, jax.Array]]
     backward: Callable[..., QKV]
-    saved_specs: Callable[..., Any]
+    enter: Callable[..., QKV] | None = None
 
 
 _METHODS: Mapping[str, _Method] = {
-    "ring": _Method(_ring_forward, _ring_backward, _sequence_specs),
-    "all_gather": _Method(_gather_forward, _gather_backward, _sequence_specs),
-    "ulysses": _Method(_ulysses_forward, _ulysses_backward, _heads_specs),
+    "ring": _Method(_by_tokens, _ring_forward, _ring_backward),
+    "all_gather": _Method(_by_tokens, _gather_forward, _gather_backward),
+    "ulysses": _Method(_by_heads, _ulysses_forward, _ulysses_backward, _ulysses_enter),
 }
