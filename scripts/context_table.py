@@ -13,13 +13,7 @@ import sys
 from plan_json import ROOT, markdown_table, plan_json
 from sections import write_section
 
-ROWS = (
-    ("ring", "blocks"),
-    ("ring", "flash"),
-    ("all_gather", "blocks"),
-    ("all_gather", "flash"),
-    ("ulysses", "flash"),
-)
+ROWS = [(m, a) for m in ("ring", "all_gather", "ulysses") for a in ("blocks", "flash")]
 HEADS = (
     "context.method",
     "model.attention",
