@@ -150,7 +150,8 @@ def time_peers(
         runs: dict[str, Run] = {}
         try:
             for peer in results:
-                job = Job(problem, folder / peer, last, WARM_STEPS, last // 2)
+                save_at = WARM_STEPS + shape.timed_steps // 2
+                job = Job(problem, folder / peer, last, WARM_STEPS, save_at)
                 runs[peer] = Run(peer, job)
                 runs[peer].until(WARM_STEPS)
                 runs[peer].hold()

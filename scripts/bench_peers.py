@@ -125,6 +125,7 @@ PEERS = {
         _under(_HOROVODRUN, _script("torch_peer.py", "--mode=horovod")),
         "horovod.torch",
         "horovod",
+        {"HOROVOD_GLOO_TIMEOUT_SECONDS": "3600"},  # It is held for longer than the default, 30.
     ),
 }
 
