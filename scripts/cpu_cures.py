@@ -48,7 +48,7 @@ def leave_out(cure: str) -> None:
     elif cure == "gradients":
         _replace(projection, "flat_tokens", lambda: False)
     elif cure == "norms":
-        _replace(norms, "flat_tokens", lambda: False)
+        _replace(norms, "flat_tokens", lambda *_: False)
     elif cure == "swiglu":
         _replace(mlp, "swiglu", lambda gate, up: jax.nn.silu(gate) * up)
     elif cure == "blocks":

@@ -116,7 +116,7 @@ def test_bench_math_a_peer_of_other_math_is_refused(problem, losses, monkeypatch
 def test_bench_math_a_peer_that_fails_shows_its_log(problem, monkeypatch, tmp_path):
     write_peer(monkeypatch, tmp_path, [1.0])  # stops after one step
     with pytest.raises(SystemExit, match="other: exit 0"):
-        bench_peers.run("other", bench_peers.Job(problem, tmp_path / "run", 2, log_every=1))
+        bench_peers.Run("other", bench_peers.Job(problem, tmp_path / "run", 2, log_every=1)).end()
 
 
 @pytest.mark.parametrize("name", bench_peers.PEERS)
