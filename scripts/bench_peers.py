@@ -172,9 +172,14 @@ class Run:
         job.workdir.parent.mkdir(parents=True, exist_ok=True)
         paths = f"{peer.python.parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": paths} | peer.environment
+        # Of a session of its own: where a shell ends, the kernel wakes what is stopped of its jobs.
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [peer.python, *peer.arguments(job)], env=environment, stdout=log, stderr=log
+                [peer.python, *peer.arguments(job)],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def until(self, step: int) -> None:
@@ -208,7 +213,11 @@ class Run:
         Raises:
             SystemExit: the run has failed.
         """
-        self._process.wait()
+        try:
+            self._process.wait()
+        except KeyboardInterrupt:  # Its session does not get it.
+            self.kill()
+            raise
         self.until(self._job.num_steps)
         # torch's DDP may abort at its very end, with all its steps logged.
         if self._process.returncode and self._venv is None:
