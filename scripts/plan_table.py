@@ -151,7 +151,7 @@ machine without the hardware, at the commit that it names; its whole answer is i
 and `python scripts/plan_table.py --no_compile` writes the table from there. Peak and temporary
 memory (of a device) and collectives are the compiler's; wire bytes are those of ring algorithms;
 step time and MFU are a roofline on data-sheet rates, the best that the program could do. The
-seconds of compiling depend on the machine: these were 2 cores that other work shared.
+seconds of compiling depend on the machine: these were of one core that other work shared.
 
 {text}{told}
 """
