@@ -415,6 +415,13 @@ class OptimizerConfig:
         0.0, "exponential moving average of parameters; 0: off", at_least=0, at_most=0.9999999
     )
     state_dtype: str = key("float32", "dtype in which moments are kept", choices=DTYPES)
+    offload: str = key(
+        "none",
+        "where moments wait between steps: with the parameters (none), or in the host's memory, "
+        "out of which each step takes them a layer at a time (host); adamw, lion, muon, sgd with "
+        "momentum",
+        choices=("none", "host"),
+    )
     stochastic_rounding: bool = key(
         False,
         "parameters kept in bfloat16 are updated in float32 and rounded up or down at random, so "

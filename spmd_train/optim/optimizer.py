@@ -12,6 +12,7 @@ import optax
 
 from spmd_train.config import ConfigError, OptimizerConfig
 from spmd_train.optim.muon import scale_by_muon_or_adam
+from spmd_train.optim.offload import with_host_state
 from spmd_train.optim.schedule import make_schedule
 from spmd_train.optim.state_dtype import with_state_dtype
 from spmd_train.parallel.rules import LogicalAxes, leaf_path
@@ -23,7 +24,8 @@ def make_optimizer(
     num_steps: int,
     params: Any,
     logical_axes: Mapping[str, LogicalAxes | None],
-) -> optax.GradientTransformation:
+    layer_shards: Mapping[str, int] | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer.
 
     The chain is: clip the gradient to `clip_norm` (global, over all parameters), precondition it
@@ -46,11 +48,13 @@ def make_optimizer(
         params: nested dicts of arrays or ShapeDtypeStructs; only paths and shapes are used.
         logical_axes: parameter path to logical axes, None where the leaf has none. Stacked layers
             have "layers" among them.
+        layer_shards: for `offload` = host: as `offload.with_host_state` has it.
 
     Returns:
         A transformation whose state is a dict: `clip`, `precondition`, `decay`, `schedule`. What
         mirrors a parameter in it has the parameter's path as the tail of its own. Updates are
-        float32. Apply them with `optax.apply_updates`.
+        float32. Apply them with `optax.apply_updates`. Where `offload` is `host`, the update takes
+        and gives moments in the host's memory, and keeps the old state where `good=` is false.
 
     Raises:
         ConfigError: a schedule that cannot be, an invalid regular expression, a state dtype too
@@ -61,13 +65,17 @@ def make_optimizer(
         lambda path, _: logical_axes.get(leaf_path(path)), params
     )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    offloaded = config.offload == "host"
     chain = optax.named_chain(
-        ("clip", clip),
+        ("clip", optax.identity() if offloaded else clip),
         ("precondition", _PRECONDITIONERS[config.name](config, params, axes)),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config, params))),
         ("schedule", optax.scale_by_learning_rate(make_schedule(config, num_steps=num_steps))),
     )
-    return with_state_dtype(chain, dtype=config.state_dtype)
+    transform = with_state_dtype(chain, dtype=config.state_dtype)
+    if offloaded:
+        return with_host_state(transform, clip=clip, layer_shards=layer_shards or {})
+    return optax.with_extra_args_support(transform)
 
 
 def _decay_mask(config: OptimizerConfig, params: Any) -> Any:

@@ -79,7 +79,13 @@ def plans_on(
         overrides=config.sharding.overrides,
         mesh=shaped,
     )
-    return plan_state(program.abstract_state, params, rules=rules, mesh=shaped)
+    return plan_state(
+        program.abstract_state,
+        params,
+        rules=rules,
+        mesh=shaped,
+        offload=config.optimizer.offload,
+    )
 
 
 def estimate(

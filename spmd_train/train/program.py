@@ -32,7 +32,7 @@ from spmd_train.optim import (
     make_schedule,
 )
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
-from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
+from spmd_train.parallel.rules import Layout, LogicalAxes, dims_of, make_rules, use_layout
 from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
@@ -150,6 +150,7 @@ def make_program(
         num_steps=train.num_steps,
         params=model.abstract_params,
         logical_axes=model.logical_axes,
+        layer_shards=_layer_shards(model, layout),
     )
 
     def start(params: Params, model_state: ModelState) -> TrainState:
@@ -190,8 +191,13 @@ def make_program(
                     num_microbatches=num_microbatches,
                     layout=layout,
                 )
+            grad_norm, good = optax.tree.norm(grads), None
+            if train.bad_step == "skip":
+                good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
             with jax.named_scope("optimizer"):
-                updates, opt_state = transform.update(grads, state.opt_state, state.params)
+                updates, opt_state = transform.update(
+                    grads, state.opt_state, state.params, good=good
+                )
                 params: Any = (
                     apply_updates_stochastically(state.params, updates, key=key)
                     if optimizer.stochastic_rounding
@@ -201,15 +207,18 @@ def make_program(
                 if ema is not None:
                     ema = ema_update(ema, params, decay=optimizer.ema_decay, step=state.step)
             metrics = _metrics(sums) | {
-                "grad_norm": optax.tree.norm(grads),
+                "grad_norm": grad_norm,
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
             model_state = task.update_model_state(state.model_state, sums)
             new = TrainState(state.step + 1, params, opt_state, ema, model_state)
-            if train.bad_step == "skip":
-                good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(metrics["grad_norm"])
+            if good is not None:
                 old = dataclasses.replace(state, step=new.step)
+                if optimizer.offload == "host":  # Of its state the optimizer has kept the old.
+                    new, old = (dataclasses.replace(s, opt_state=None) for s in (new, old))
                 new = jax.tree.map(functools.partial(jnp.where, good), new, old)
+                if optimizer.offload == "host":
+                    new = dataclasses.replace(new, opt_state=opt_state)
                 metrics["skipped"] = 1 - good.astype(jnp.float32)
             return new, metrics
 
@@ -221,7 +230,9 @@ def make_program(
             return _metrics(task.loss(model.merge(params), batch, key=None))
 
     abstract = jax.eval_shape(init, 0)
-    plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
+    plans = plan_state(
+        abstract, param_plans, rules=rules, mesh=mesh, offload=optimizer.offload
+    )
     shardings = shardings_of(abstract, plans, mesh=mesh)
     abstract_batch = {
         name: jax.ShapeDtypeStruct(
@@ -258,6 +269,15 @@ def make_program(
         ),
         pipeline=pipe,
     )
+
+
+def _layer_shards(model: FunctionalModel, layout: Layout) -> dict[str, int]:
+    """Path of each parameter that stacks layers, to the devices that share out that dim."""
+    return {
+        path: layout.size(dims_of(spec, ndim=1)[0])
+        for path, spec in layout.param_specs.items()
+        if (model.logical_axes.get(path) or ("",))[0] == "layers"
+    }
 
 
 def _metrics(sums: LossOutput) -> Metrics:

@@ -1,0 +1,154 @@
+"""An optimizer whose moments wait in the host's memory and are updated a layer at a time.
+
+Brought to the device all at once they would need the memory that they were to leave: XLA gives the
+old and the new ones buffers of their own. A loop over the layers holds one layer's at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spmd_train.parallel.rules import leaf_path, mirrored
+
+_DEVICE, _HOST = jax.memory.Space.Device, jax.memory.Space.Host
+
+
+def with_host_state(
+    inner: optax.GradientTransformation,
+    *,
+    clip: optax.GradientTransformation,
+    layer_shards: Mapping[str, int],
+) -> optax.GradientTransformationExtraArgs:
+    """Streams what mirrors a parameter in the state through the device.
+
+    Args:
+        inner: the transformation; each layer of each parameter must be updated by itself.
+        clip: stateless, before `inner`; sees all gradients at once.
+        layer_shards: path of each parameter that stacks layers along its first dim, to the number
+            of devices that share that dim out.
+
+    Returns:
+        A transformation with `inner`'s state. Its update takes that state with the moments in the
+        host's memory (`memory_kind="pinned_host"`) and gives it back there. `good=` is a bool
+        scalar, where false the old state stays, or None.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, good: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        grads, _ = clip.update(updates, optax.EmptyState())
+        paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        owners = [
+            mirrored(leaf_path(path), paths)
+            for path, _ in jax.tree_util.tree_leaves_with_path(state)
+        ]
+
+        def step(grads: list[Any], state_: list[Any], params_: list[Any]) -> tuple[Any, Any]:
+            # Leaves that are None belong to another call: nothing of what comes of them is used.
+            trees = [
+                jax.tree.unflatten(
+                    jax.tree.structure(tree),
+                    [
+                        jnp.zeros(like.shape, like.dtype) if leaf is None else leaf
+                        for leaf, like in zip(leaves, jax.tree.leaves(tree), strict=True)
+                    ],
+                )
+                for leaves, tree in ((grads, updates), (state_, state), (params_, params))
+            ]
+            new_updates, new = inner.update(*trees)
+            new_leaves = jax.tree.leaves(new)
+            if good is not None:
+                new_leaves = [
+                    jnp.where(good, leaf, old)
+                    for leaf, old in zip(new_leaves, jax.tree.leaves(trees[1]), strict=True)
+                ]
+            return jax.tree.leaves(new_updates), new_leaves
+
+        grad_leaves, state_leaves, param_leaves = map(jax.tree.leaves, (grads, state, params))
+        stacked = [path in layer_shards for path in paths]
+        in_loop = [owner in layer_shards for owner in owners]
+        once_updates, once_state = step(
+            _only(grad_leaves, stacked, wanted=False),
+            [
+                None if looped else leaf if owner is None else jax.device_put(leaf, _DEVICE)
+                for leaf, owner, looped in zip(state_leaves, owners, in_loop, strict=True)
+            ],
+            _only(param_leaves, stacked, wanted=False),
+        )
+        once_state = [
+            leaf if owner is None or looped else jax.device_put(leaf, _HOST)
+            for leaf, owner, looped in zip(once_state, owners, in_loop, strict=True)
+        ]
+        if not any(stacked):
+            return (
+                jax.tree.unflatten(jax.tree.structure(updates), once_updates),
+                jax.tree.unflatten(jax.tree.structure(state), once_state),
+            )
+
+        shards = [layer_shards.get(path, 1) for path in paths]
+        state_shards = [layer_shards.get(owner or "", 1) for owner in owners]
+        (num_steps,) = {
+            leaf.shape[0] // n
+            for leaf, n, looped in zip(param_leaves, shards, stacked, strict=True)
+            if looped
+        }
+
+        def body(i: jax.Array, carry: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+            written, held = carry
+            new_updates, new_state = step(
+                _each(_layers_of, i, written, shards),
+                [
+                    None if leaf is None else jax.device_put(leaf, _DEVICE)
+                    for leaf in _each(_layers_of, i, held, state_shards)
+                ],
+                _each(_layers_of, i, _only(param_leaves, stacked), shards),
+            )
+            return (
+                _each(_with_layers, i, written, shards, new_updates),
+                _each(_with_layers, i, held, state_shards, jax.device_put(new_state, _HOST)),
+            )
+
+        # Each layer's update is written over its gradient, new moments over the old ones.
+        looped = jax.lax.fori_loop(
+            0, num_steps, body, (_only(grad_leaves, stacked), _only(state_leaves, in_loop))
+        )
+        both = [
+            [once if leaf is None else leaf for leaf, once in zip(mine, others, strict=True)]
+            for mine, others in zip(looped, (once_updates, once_state), strict=True)
+        ]
+        return (
+            jax.tree.unflatten(jax.tree.structure(updates), both[0]),
+            jax.tree.unflatten(jax.tree.structure(state), both[1]),
+        )
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _only(
+    leaves: Sequence[Any], belongs: Sequence[bool], *, wanted: bool = True
+) -> list[Any | None]:
+    return [leaf if b == wanted else None for leaf, b in zip(leaves, belongs, strict=True)]
+
+
+def _each(f: Callable[..., Any], i: jax.Array, leaves: Sequence[Any], *more: Sequence[Any]) -> list:
+    return [
+        None if leaf is None else f(i, leaf, *rest)
+        for leaf, *rest in zip(leaves, *more, strict=True)
+    ]
+
+
+def _layers_of(i: jax.Array, x: jax.Array, shards: int) -> jax.Array:
+    """Layer i of each device's run of layers: [shards, ...]; nothing is sent."""
+    by_shard = x.reshape(shards, -1, *x.shape[1:])
+    return jax.lax.dynamic_index_in_dim(by_shard, i, axis=1, keepdims=False)
+
+
+def _with_layers(i: jax.Array, x: jax.Array, shards: int, layers: jax.Array) -> jax.Array:
+    """`x` with these as what `_layers_of` gives."""
+    by_shard = x.reshape(shards, -1, *x.shape[1:])
+    return jax.lax.dynamic_update_index_in_dim(by_shard, layers, i, axis=1).reshape(x.shape)
