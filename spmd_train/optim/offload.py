@@ -48,6 +48,15 @@ def with_host_state(
             for path, _ in jax.tree_util.tree_leaves_with_path(state)
         ]
 
+        # AOT tracing for GPUs does not tell from the shardings that they are there.
+        state = jax.tree.unflatten(
+            jax.tree.structure(state),
+            [
+                leaf if owner is None or _space(leaf) == _HOST else jax.device_put(leaf, _HOST)
+                for leaf, owner in zip(jax.tree.leaves(state), owners, strict=True)
+            ],
+        )
+
         def step(grads: list[Any], state_: list[Any], params_: list[Any]) -> tuple[Any, Any]:
             # Leaves that are None belong to another call: nothing of what comes of them is used.
             trees = [
@@ -127,6 +136,10 @@ def with_host_state(
         )
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _space(x: jax.Array) -> Any:
+    return jax.typeof(x).memory_space
 
 
 def _only(

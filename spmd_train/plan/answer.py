@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ class Plan:
         target: what it was compiled for.
         mesh: mesh axis to size.
         num_devices: devices of the mesh.
+        devices_per_host: that share a host's memory.
         num_params: numbers in the parameters.
         hbm_bytes: a device's memory: the maker's figure, or of `cpu:N` an N-th of this machine's.
         usable_bytes: what of it a program may take, as far as is known.
@@ -73,6 +75,7 @@ class Plan:
     target: Target
     mesh: Mapping[str, int]
     num_devices: int
+    devices_per_host: int
     num_params: int
     hbm_bytes: int
     usable_bytes: int
@@ -95,6 +98,11 @@ class Plan:
     def overlap(self) -> dict[str, Overlap]:
         """What is sent while it computes, by purpose; empty without a program."""
         return overlap(self.step.collectives, self.cost) if self.step and self.cost else {}
+
+    @property
+    def host_bytes(self) -> int:
+        """What a device has in its host's memory: moments and offloaded temporaries."""
+        return self.state.host + (self.step.memory["host_temp_bytes"] if self.step else 0)
 
     @property
     def fits(self) -> bool:
@@ -203,6 +211,9 @@ def make_plan(
         target=target,
         mesh=dict(program.mesh.shape),
         num_devices=num_devices,
+        devices_per_host=max(
+            collections.Counter(d.process_index for d in program.mesh.devices.flat).values()
+        ),
         num_params=num_params(program.plans),
         hbm_bytes=hbm_bytes,
         usable_bytes=usable_bytes,

@@ -53,6 +53,8 @@ def _details(plan: Plan, summary: Mapping[str, Any] | None) -> dict[str, Any]:
         "num_params": plan.num_params,
         "usable_bytes": plan.usable_bytes,
         "state": dataclasses.asdict(plan.state),
+        "host_argument_bytes": plan.step.memory["host_argument_bytes"] if plan.step else None,
+        "host_bytes_per_host": plan.host_bytes * plan.devices_per_host,
         "host_temp_bytes": plan.step.memory["host_temp_bytes"] if plan.step else None,
         "compiler_peak_bytes": plan.step.memory["compiler_peak_bytes"] if plan.step else None,
         "largest_temporaries": [dataclasses.asdict(array) for array in plan.live[:10]],
@@ -102,6 +104,11 @@ def format_plan(plan: Plan) -> Iterator[str]:
     state = plan.state
     yield f"  {gib(state.parameters):>11}  parameters (plan, exact)"
     yield f"  {gib(state.optimizer):>11}  optimizer state (plan, exact)"
+    if state.host:
+        yield (
+            f"  {gib(state.host):>11}  moments in the host's memory (plan, exact), each way over "
+            "its bus in a step"
+        )
     if plan.step:
         yield f"  {gib(plan.step.memory['temp_bytes']):>11}  temporaries (compiler), of which"
         yield (
@@ -109,7 +116,13 @@ def format_plan(plan: Plan) -> Iterator[str]:
             "and buffers"
         )
         if host := plan.step.memory["host_temp_bytes"]:
-            yield f"  {gib(host):>11}  in the host's memory (compiler)"
+            yield f"  {gib(host):>11}  temporaries in the host's memory (compiler)"
+    if plan.host_bytes:
+        yield (
+            f"  in the host's memory: {gib(plan.host_bytes)} for each device, "
+            f"{gib(plan.host_bytes * plan.devices_per_host)} for the "
+            f"{plan.devices_per_host} of a host"
+        )
     if plan.live:
         yield "  largest at the fullest moment (model: lifetimes in the compiled program):"
         for array in plan.live[:6]:

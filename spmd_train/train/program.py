@@ -230,9 +230,7 @@ def make_program(
             return _metrics(task.loss(model.merge(params), batch, key=None))
 
     abstract = jax.eval_shape(init, 0)
-    plans = plan_state(
-        abstract, param_plans, rules=rules, mesh=mesh, offload=optimizer.offload
-    )
+    plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh, offload=optimizer.offload)
     shardings = shardings_of(abstract, plans, mesh=mesh)
     abstract_batch = {
         name: jax.ShapeDtypeStruct(
