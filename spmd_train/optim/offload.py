@@ -112,8 +112,14 @@ def with_host_state(
             new_updates, new_state = step(
                 _each(_layers_of, i, written, shards),
                 [
-                    None if leaf is None else jax.device_put(leaf, _DEVICE)
-                    for leaf in _each(_layers_of, i, held, state_shards)
+                    old
+                    if owner is None
+                    else None
+                    if leaf is None
+                    else jax.device_put(leaf, _DEVICE)
+                    for leaf, old, owner in zip(
+                        _each(_layers_of, i, held, state_shards), state_leaves, owners, strict=True
+                    )
                 ],
                 _each(_layers_of, i, _only(param_leaves, stacked), shards),
             )
