@@ -109,23 +109,26 @@ def with_host_state(
 
         def body(i: jax.Array, carry: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
             written, held = carry
+            brought = _each(_layers_of, i, held, state_shards)
             new_updates, new_state = step(
                 _each(_layers_of, i, written, shards),
                 [
-                    old
-                    if owner is None
-                    else None
-                    if leaf is None
-                    else jax.device_put(leaf, _DEVICE)
+                    old if owner is None else leaf
                     for leaf, old, owner in zip(
-                        _each(_layers_of, i, held, state_shards), state_leaves, owners, strict=True
+                        jax.device_put(brought, _DEVICE), state_leaves, owners, strict=True
                     )
                 ],
                 _each(_layers_of, i, _only(param_leaves, stacked), shards),
             )
             return (
                 _each(_with_layers, i, written, shards, new_updates),
-                _each(_with_layers, i, held, state_shards, jax.device_put(new_state, _HOST)),
+                _each(
+                    _with_layers,
+                    i,
+                    held,
+                    state_shards,
+                    jax.device_put(_only(new_state, in_loop), _HOST),
+                ),
             )
 
         # Each layer's update is written over its gradient, new moments over the old ones.
