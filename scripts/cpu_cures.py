@@ -26,12 +26,14 @@ import numpy as np
 
 from spmd_train import cluster, experiment, xla_flags
 from spmd_train.config import load_config, parse
-from spmd_train.nn import attention, embeddings, projection
+from spmd_train.nn import attention, embeddings, mlp, norms, projection
 
 CURES = {
     "huge pages for the step's temporaries": "pages",
     "angles of RoPE computed once": "rope",
-    "kernel gradients with the tokens in one dim": "gradients",
+    "a projection's gradients as two-dimensional matmuls": "gradients",
+    "RMSNorm's gradients summed by matmuls": "norms",
+    "SwiGLU's own derivative": "swiglu",
     "causal attention by blocks of queries": "blocks",
     "XLA's YNNPACK fusions off": "ynnpack",
     "layers unrolled (`model.scan_unroll`)": "unrolled",
@@ -44,7 +46,11 @@ def leave_out(cure: str) -> None:
     if cure == "rope":
         _replace(embeddings, "computed_once", lambda x: x)
     elif cure == "gradients":
-        _replace(projection, "split_axes", lambda: True)  # of which no tokens may be joined
+        _replace(projection, "flat_tokens", lambda: False)
+    elif cure == "norms":
+        _replace(norms, "flat_tokens", lambda: False)
+    elif cure == "swiglu":
+        _replace(mlp, "swiglu", lambda gate, up: jax.nn.silu(gate) * up)
     elif cure == "blocks":
         attention.QUERY_BLOCK["cpu"] = sys.maxsize
     elif cure == "ynnpack":

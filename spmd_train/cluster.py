@@ -334,3 +334,6 @@ def start(*, simulate_devices: int | None = None) -> None:
                 ) from error
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Of a second by default; a run has few programs, and small ones recur at each start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

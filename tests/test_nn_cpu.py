@@ -1,12 +1,18 @@
 """What is done for XLA's CPU compiler: it works, changes no number, and stays off elsewhere."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from spmd_train.config import RopeConfig
-from spmd_train.nn import cpu
+from spmd_train.nn import cpu, norms
+from spmd_train.nn.activations import swiglu
 from spmd_train.nn.embeddings import apply_rope, rope_angles
+from spmd_train.nn.norms import RMSNorm
+from spmd_train.nn.projection import project
 
 
 def rotate_both(q_BTHK, k_BTHK, positions_BT):
@@ -34,3 +40,43 @@ def test_nn_cpu_computed_once_is_exact_and_differentiable():
     np.testing.assert_array_equal(jax.jit(cpu.computed_once)(x), x)
     gradient = jax.grad(lambda x: jnp.sum(cpu.computed_once(x) ** 2))(x)
     np.testing.assert_array_equal(gradient, 2 * x)
+
+
+def norm_gradients(monkeypatch, *, flat):
+    monkeypatch.setattr(norms, "flat_tokens", lambda: flat)
+    graph = nnx.graphdef(RMSNorm(24, epsilon=1e-5, dtype="float32", rngs=nnx.Rngs(0)))
+    x, g = jax.random.normal(jax.random.key(0), (2, 3, 5, 24)) * 3
+    scale = 1 + jax.random.normal(jax.random.key(1), (24,))
+
+    def gradients(scale, x):
+        return jax.vjp(lambda scale, x: nnx.merge(graph, {"scale": scale})(x), scale, x)[1](g)
+
+    return jax.jit(gradients)(scale, x)
+
+
+def test_nn_cpu_rms_normalize_has_the_norms_gradients(monkeypatch):
+    by_matmuls, by_sums = (norm_gradients(monkeypatch, flat=flat) for flat in (True, False))
+    for ours, theirs in zip(by_matmuls, by_sums, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_nn_cpu_kernels_of_heads_are_not_transposed():
+    """`dx = g W'` over heads and their width: of two dims, no copy of the kernel is made."""
+    x, kernel = jnp.ones((2, 64, 32)), jnp.ones((32, 4, 16))
+    pull = jax.jit(lambda x, kernel, g: jax.vjp(project, x, kernel)[1](g)[0])
+    told = pull.lower(x, kernel, jnp.ones((2, 64, 4, 16))).compile().as_text()
+    assert " dot(" in told
+    assert not re.search(r" (copy|transpose)\(", told)
+
+
+def test_swiglu_keeps_two_arrays_and_has_the_same_gradients():
+    gate, up, g = jax.random.normal(jax.random.key(0), (3, 4, 7)) * 4
+    value, pull = jax.vjp(swiglu, gate, up)
+    expected, pull_expected = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    np.testing.assert_array_equal(value, expected)
+    for ours, theirs in zip(pull(g), pull_expected(g), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    kept, kept_by_default = (
+        sum(leaf.shape == gate.shape for leaf in jax.tree.leaves(p)) for p in (pull, pull_expected)
+    )
+    assert kept == 2 < kept_by_default

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from spmd_train.parallel.rules import current_platform
+from spmd_train.parallel.sequence import split_axes
+
+
+def flat_tokens() -> bool:
+    """Whether [batch, tokens, ...] is to be made [batch * tokens, ...] where that makes matmuls.
+
+    Tokens of split sequences cannot be one dim without gathering them.
+    """
+    return current_platform() == "cpu" and not split_axes()
 
 
 def computed_once(x: jax.Array) -> jax.Array:
@@ -23,3 +34,36 @@ def computed_once(x: jax.Array) -> jax.Array:
     if current_platform() != "cpu":
         return x
     return jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """`x / rms(x) * scale`, whose derivative sums by matmuls: XLA's reductions cost three times.
+
+    Args:
+        x: float32 [..., N].
+        scale: float32 [N].
+        epsilon: added to the mean of squares.
+
+    Returns:
+        float32 [..., N].
+    """
+    return _rms_normalize_fwd(x, scale, epsilon)[0]
+
+
+def _rms_normalize_fwd(x: jax.Array, scale: jax.Array, epsilon: float):
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+    return x * inverse * scale, (x, inverse, scale)
+
+
+def _rms_normalize_bwd(
+    epsilon: float, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, inverse, scale = saved
+    gx_2d = (g * x).reshape(-1, x.shape[-1])
+    mean = (gx_2d @ scale).reshape(inverse.shape) / x.shape[-1]
+    dx = inverse * (g * scale - x * (jnp.square(inverse) * mean))
+    return dx, inverse.reshape(-1) @ gx_2d
+
+
+rms_normalize.defvjp(_rms_normalize_fwd, _rms_normalize_bwd)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MESH_AXES, MoEConfig
+from spmd_train.nn.activations import swiglu
 from spmd_train.nn.projection import grouped_project
 from spmd_train.nn.routing import Routing, expert_capacity
 from spmd_train.parallel.manual import (
@@ -231,7 +232,7 @@ def _mlp(rows: jax.Array, kernels: Kernels, multiply: Any) -> jax.Array:
     """SwiGLU or GELU, as `nn.mlp.MLP`."""
     up = multiply(rows, kernels["up"])
     if "gate" in kernels:
-        hidden = jax.nn.silu(multiply(rows, kernels["gate"])) * up
+        hidden = swiglu(multiply(rows, kernels["gate"]), up)
     else:
         hidden = jax.nn.gelu(up, approximate=True)
     return multiply(hidden, kernels["down"])

@@ -7,6 +7,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import ModelConfig
+from spmd_train.nn.activations import swiglu
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import Projection
 from spmd_train.parallel.rules import constrain
@@ -47,6 +48,6 @@ class MLP(nnx.Module):
         if self.gate is None:
             hidden_BTF = jax.nn.gelu(up_BTF, approximate=True)
         else:
-            hidden_BTF = jax.nn.silu(checkpoint_name(self.gate(x_BTD), "gate")) * up_BTF
+            hidden_BTF = swiglu(checkpoint_name(self.gate(x_BTD), "gate"), up_BTF)
         y_BTD = self.down(constrain(hidden_BTF, ("batch", "sequence", "mlp")))
         return checkpoint_name(y_BTD, "down")

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from spmd_train.nn.cpu import flat_tokens
 from spmd_train.nn.params import Initializer, param, zeros
 from spmd_train.nn.quantization import dots_of
-from spmd_train.parallel.rules import LogicalAxes, current_platform, vary
-from spmd_train.parallel.sequence import split_axes
+from spmd_train.parallel.rules import LogicalAxes, vary
 
 SAVED_NAME = "projection"
 """The name under which a remat policy can keep a projection's output."""
@@ -44,9 +44,9 @@ def project(
         [..., *out], in the dtype of `x`.
     """
     # XLA's CPU compiler makes the weight gradient of a 3-D x a transposing copy and a slow dot (a
-    # third of the speed); with the tokens flattened to one dim it is one fast matmul. Tokens of
-    # split sequences cannot be one dim without gathering them.
-    flat = current_platform() == "cpu" and not split_axes()
+    # third of the speed), and transposes a kernel of heads for that of x; of two dims each they are
+    # fast matmuls.
+    flat = flat_tokens()
     if flat or quantization != "none":
         y = _project(x, kernel, num_contracted, quantization, flat)
     else:
@@ -72,13 +72,16 @@ def _project_bwd(
     n: int, quantization: str, flat: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ):
     x, kernel = saved
-    num_tokens, num_out = x.ndim - n, kernel.ndim - n
-    out_dims = tuple(range(g.ndim - num_out, g.ndim)), tuple(range(n, kernel.ndim))
-    dx = dots_of(quantization).input_gradient(g, kernel, out_dims)
+    input_gradient = dots_of(quantization).input_gradient
     if flat:
-        x_2d = x.reshape(-1, math.prod(kernel.shape[:n]))
-        g_2d = g.reshape(-1, math.prod(kernel.shape[n:]))
-        return dx, (x_2d.T @ g_2d).reshape(kernel.shape)
+        kernel_2d = kernel.reshape(math.prod(kernel.shape[:n]), -1)
+        x_2d, g_2d = x.reshape(-1, kernel_2d.shape[0]), g.reshape(-1, kernel_2d.shape[1])
+        dx = input_gradient(g_2d, kernel_2d, ((1,), (1,)))
+        return dx.reshape(x.shape), (x_2d.T @ g_2d).reshape(kernel.shape)
+    num_tokens, num_out = x.ndim - n, kernel.ndim - n
+    dx = input_gradient(
+        g, kernel, (tuple(range(g.ndim - num_out, g.ndim)), tuple(range(n, kernel.ndim)))
+    )
     tokens = tuple(range(num_tokens))
     return dx, jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
 
