@@ -1,7 +1,7 @@
 """An optimizer whose moments wait in the host's memory and are updated a layer at a time.
 
-Brought to the device all at once they would need the memory that they were to leave: XLA gives the
-old and the new ones buffers of their own. A loop over the layers holds one layer's at a time.
+Brought to the device all at once they would be there together: on TPUs old and new ones in buffers
+of their own. A loop over the layers holds one layer's at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def with_host_state(
             for path, _ in jax.tree_util.tree_leaves_with_path(state)
         ]
 
-        # AOT tracing for GPUs does not tell from the shardings that they are there.
+        # A leaf's type may not tell that it is there, and the loop's carry must.
         state = jax.tree.unflatten(
             jax.tree.structure(state),
             [
