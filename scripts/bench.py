@@ -4,9 +4,10 @@
     python scripts/bench.py --shapes=S --rounds=5 --peers=bare_jax,torch_compile
 
 Before anything is timed, all train from the same weights on the same batches, and their losses
-must agree. Then they run in turn, each time in a process of its own, and the rate is that of the
-steps after the first `WARM_STEPS`: all that happens in them counts (data, logging, a checkpoint of
-the trainer's), compilation does not. Writes bench.json, bench.md and bench.svg below --out. Peers
+must agree. Then each starts in a process of its own, and once it has done `WARM_STEPS` it is held;
+they go on in turns, `WARM_STEPS` steps each, and the rate is that of these: all that happens in
+them counts (data, logging, a checkpoint of the trainer's), compilation does not. All are in memory
+at once. Writes bench.json, bench.md and bench.svg below --out. Peers
 are in scripts/peers/, each in a venv that `make bench-peers` makes; one that cannot be imported is
 named in the table.
 """
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import bench_report
 import jax
 import numpy as np
-from bench_peers import PEERS, Job, run, version_of
+from bench_peers import PEERS, Job, Run, version_of
 
 from spmd_train import experiment
 from spmd_train.config import parse, to_json
@@ -114,8 +115,9 @@ def check_losses(
     """
 
     def losses_of(name: str) -> np.ndarray:
-        records = run(name, Job(problem, folder / name, num_steps, log_every=1))
-        return np.array([records[step].loss for step in range(1, num_steps + 1)])
+        run = Run(name, Job(problem, folder / name, num_steps, log_every=1))
+        run.end()
+        return np.array([run.records[step].loss for step in range(1, num_steps + 1)])
 
     ours, largest = losses_of("trainer"), 0.0
     for name in peers:
@@ -135,7 +137,9 @@ def time_peers(
     rounds: int,
     peers: Iterable[str],
 ) -> dict[str, list[dict[str, float]]]:
-    """Runs the peers in turn.
+    """Runs the peers at once, but one at a time: a few steps each while the others are held.
+
+    So what else the machine does, and how fast it is this minute, is the same for all.
 
     Returns:
         Peer to a list, a round an entry: `tokens_per_second` and `cpu_seconds_per_step`.
@@ -143,19 +147,33 @@ def time_peers(
     last = WARM_STEPS + shape.timed_steps
     results: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
     for number in range(rounds):
-        for peer, of_peer in results.items():
-            job = Job(problem, folder / peer, last, WARM_STEPS, WARM_STEPS + shape.timed_steps // 2)
-            records = run(peer, job)
-            begin, end = records[WARM_STEPS], records[last]
+        runs: dict[str, Run] = {}
+        try:
+            for peer in results:
+                save_at = WARM_STEPS + shape.timed_steps // 2
+                job = Job(problem, folder / peer, last, WARM_STEPS, save_at)
+                runs[peer] = Run(peer, job)
+                runs[peer].until(WARM_STEPS)
+                runs[peer].hold()
+            for step in range(2 * WARM_STEPS, last + 1, WARM_STEPS):
+                for run in runs.values():
+                    run.go_on()
+                    run.until(step)
+                    run.hold()
+        finally:
+            for run in runs.values():
+                run.kill()
+        for peer, run in runs.items():
+            begin, end = run.records[WARM_STEPS], run.records[last]
             tokens = shape.timed_steps * shape.batch_size * shape.sequence_length
             cpu_seconds = end.cpu_seconds - begin.cpu_seconds
-            of_peer.append(
+            results[peer].append(
                 {
-                    "tokens_per_second": tokens / (end.time - begin.time),
+                    "tokens_per_second": tokens / (end.seconds - begin.seconds),
                     "cpu_seconds_per_step": cpu_seconds / shape.timed_steps,
                 }
             )
-            print(f"round {number + 1}/{rounds} {peer}: {of_peer[-1]}", file=sys.stderr)
+            print(f"round {number + 1}/{rounds} {peer}: {results[peer][-1]}", file=sys.stderr)
     return results
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +125,7 @@ PEERS = {
         _under(_HOROVODRUN, _script("torch_peer.py", "--mode=horovod")),
         "horovod.torch",
         "horovod",
+        {"HOROVOD_GLOO_TIMEOUT_SECONDS": "3600"},  # It is held for longer than the default, 30.
     ),
 }
 
@@ -143,52 +146,108 @@ def version_of(peer: Peer) -> str:
 
 
 class Record(NamedTuple):
-    """A step of a run: its loss, when it was known, and the CPU time of its processes by then."""
+    """A step of a run: its loss, and the seconds it had run by then, on the clock and of CPUs."""
 
     loss: float
-    time: float
+    seconds: float
     cpu_seconds: float
 
 
-def run(name: str, job: Job) -> dict[int, Record]:
-    """Runs a peer in a process of its own.
+class Run:
+    """A peer in a process of its own, which can be held while others have the machine.
 
-    Returns:
-        Logged step to record.
+    Attributes:
+        records: logged step to record.
     """
-    peer, log_path = PEERS[name], job.workdir.with_suffix(".log")
-    shutil.rmtree(job.workdir, ignore_errors=True)
-    job.workdir.parent.mkdir(parents=True, exist_ok=True)
-    paths = f"{peer.python.parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": paths} | peer.environment
-    records: dict[int, Record] = {}
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            [peer.python, *peer.arguments(job)], env=environment, stdout=log, stderr=log
-        )
-        while True:
-            ended = process.poll() is not None
-            lines = _lines(job.workdir / "metrics.jsonl")[len(records) :]
-            cpu_seconds = _cpu_seconds(process.pid) if lines else 0.0
-            for values in map(json.loads, lines):
-                records[values["step"]] = Record(values["loss"], values["time"], cpu_seconds)
-            if ended:
-                break
-            time.sleep(0.05)
-    # torch's DDP may abort at its very end, with all its steps logged.
-    failed = process.returncode and peer.venv is None
-    if failed or job.num_steps not in records:
-        raise SystemExit(f"{name}: exit {process.returncode}\n{log_path.read_text()[-3000:]}")
-    return records
+
+    def __init__(self, name: str, job: Job) -> None:
+        """Starts it."""
+        peer = PEERS[name]
+        self.records: dict[int, Record] = {}
+        self._name, self._job, self._venv = name, job, peer.venv
+        self._log = job.workdir.with_suffix(".log")
+        self._held, self._held_since = 0.0, 0.0
+        self._stopped: list[int] = []
+        shutil.rmtree(job.workdir, ignore_errors=True)
+        job.workdir.parent.mkdir(parents=True, exist_ok=True)
+        paths = f"{peer.python.parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": paths} | peer.environment
+        # Of a session of its own: where a shell ends, the kernel wakes what is stopped of its jobs.
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [peer.python, *peer.arguments(job)],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def until(self, step: int) -> None:
+        """Waits until the step is logged.
+
+        Raises:
+            SystemExit: the run has failed.
+        """
+        while step not in self.records:
+            ended = self._process.poll() is not None
+            self._read()
+            if ended and step not in self.records:
+                told = self._log.read_text()[-3000:]
+                raise SystemExit(f"{self._name}: exit {self._process.returncode}\n{told}")
+            time.sleep(0.02)
+
+    def hold(self) -> None:
+        """Stops its processes; this time is not the run's."""
+        self._stopped = list(_family(self._process.pid))
+        self._held_since = time.time()
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Undoes `hold`."""
+        self._signal(signal.SIGCONT)
+        self._held += time.time() - self._held_since
+
+    def end(self) -> None:
+        """Waits for its end.
+
+        Raises:
+            SystemExit: the run has failed.
+        """
+        try:
+            self._process.wait()
+        except KeyboardInterrupt:  # Its session does not get it.
+            self.kill()
+            raise
+        self.until(self._job.num_steps)
+        # torch's DDP may abort at its very end, with all its steps logged.
+        if self._process.returncode and self._venv is None:
+            raise SystemExit(f"{self._name}: exit {self._process.returncode}, see {self._log}")
+
+    def kill(self) -> None:
+        """Ends it, whatever it is doing."""
+        self._stopped = list(_family(self._process.pid))
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _read(self) -> None:
+        path = self._job.workdir / "metrics.jsonl"
+        finished = path.read_text().split("\n")[:-1] if path.exists() else []
+        for values in map(json.loads, finished[len(self.records) :]):
+            ticks = sum(_family(self._process.pid).values())
+            seconds = values["time"] - self._held
+            self.records[values["step"]] = Record(values["loss"], seconds, ticks / _TICKS)
+
+    def _signal(self, number: int) -> None:
+        for process in self._stopped:
+            with contextlib.suppress(ProcessLookupError):  # It has just ended.
+                os.kill(process, number)
 
 
-def _lines(path: pathlib.Path) -> list[str]:
-    """The finished lines of a file that is being written."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def _cpu_seconds(pid: int) -> float:
-    """User and system time of a running process and those below it; NaN where no /proc tells."""
+def _family(pid: int) -> dict[int, int]:
+    """A running process and those below it, to their ticks of user and system time; by /proc."""
     parents, ticks = {}, {}
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -203,5 +262,4 @@ def _cpu_seconds(pid: int) -> float:
             process = parents[process]
         return process == pid
 
-    family = [ticks[process] for process in ticks if is_below(process)]
-    return sum(family) / os.sysconf("SC_CLK_TCK") if pid in ticks else float("nan")
+    return {process: ticks[process] for process in ticks if is_below(process)}

@@ -25,11 +25,13 @@ import jax
 import numpy as np
 
 from spmd_train import cluster, experiment, xla_flags
+from spmd_train.cli import allocator
 from spmd_train.config import load_config, parse
 from spmd_train.nn import attention, embeddings, mlp, norms, projection
 
 CURES = {
-    "huge pages for the step's temporaries": "pages",
+    "keeping the step's temporaries: huge pages instead": "kept",
+    "keeping them, nor huge pages": "pages",
     "angles of RoPE computed once": "rope",
     "a projection's gradients as two-dimensional matmuls": "gradients",
     "RMSNorm's gradients summed by matmuls": "norms",
@@ -41,6 +43,20 @@ CURES = {
 WARM_STEPS = 2
 
 
+def environment_of(cure: str) -> dict[str, str]:
+    """The variables of a row's process: its allocator, as the command chooses it."""
+    environ = {**os.environ, "LD_PRELOAD": "", "GLIBC_TUNABLES": ""}
+    if cure == "pages":
+        return environ
+    libraries = "" if cure == "kept" else allocator.keeping_libraries()
+    switch, libc = allocator.huge_page_switch(), allocator.libc_version()
+    return (
+        allocator.with_libraries(environ, libraries)
+        or allocator.with_huge_pages(environ, switch=switch, libc=libc)
+        or environ
+    )
+
+
 def leave_out(cure: str) -> None:
     """Undoes a cure in this process; those of the environment and the config are elsewhere."""
     if cure == "rope":
@@ -48,7 +64,7 @@ def leave_out(cure: str) -> None:
     elif cure == "gradients":
         _replace(projection, "flat_tokens", lambda: False)
     elif cure == "norms":
-        _replace(norms, "flat_tokens", lambda: False)
+        _replace(norms, "flat_tokens", lambda *_: False)
     elif cure == "swiglu":
         _replace(mlp, "swiglu", lambda gate, up: jax.nn.silu(gate) * up)
     elif cure == "blocks":
@@ -107,12 +123,10 @@ def main() -> None:
         problem = pathlib.Path(folder) / "problem"
         bench.make_problem(problem, bench.SHAPES[args.shape], num_steps=1)
         for name, cure in {"all of them": "", **CURES}.items():
-            pages = 0 if cure == "pages" else 1
-            environment = os.environ | {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={pages}"}
             flags = [f"--problem={problem}", f"--without={cure}", f"--num_steps={args.num_steps}"]
             done = subprocess.run(
                 [sys.executable, __file__, *flags],
-                env=environment,
+                env=environment_of(cure),
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,

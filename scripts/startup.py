@@ -28,7 +28,7 @@ from typing import Any
 from plan_json import ROOT, markdown_table
 from sections import write_section
 
-from spmd_train.cli.huge_pages import ask_for_huge_pages
+from spmd_train.cli.allocator import choose_allocator
 from spmd_train.cli.main import main as main_of_command
 
 STAGES = {
@@ -63,7 +63,7 @@ def probe(argv: list[str], answer_path: pathlib.Path, *, began: float) -> int:
         The command's exit code.
     """
     # As the command itself does first: the time before it counts, and nothing is imported yet.
-    ask_for_huge_pages()
+    choose_allocator()
     answer: dict[str, Any] = {"seconds": {}, "cache_hits": 0}
     counts = {name: collections.Counter() for name in _EVENTS.values()}
 

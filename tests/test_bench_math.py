@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import time
 import xml.etree.ElementTree
 
 import bare_jax
@@ -116,7 +117,34 @@ def test_bench_math_a_peer_of_other_math_is_refused(problem, losses, monkeypatch
 def test_bench_math_a_peer_that_fails_shows_its_log(problem, monkeypatch, tmp_path):
     write_peer(monkeypatch, tmp_path, [1.0])  # stops after one step
     with pytest.raises(SystemExit, match="other: exit 0"):
-        bench_peers.run("other", bench_peers.Job(problem, tmp_path / "run", 2, log_every=1))
+        bench_peers.Run("other", bench_peers.Job(problem, tmp_path / "run", 2, log_every=1)).end()
+
+
+def test_bench_math_a_held_peer_stands_still_and_is_not_timed(monkeypatch, tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import json, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "folder.mkdir()\n"
+        "with (folder / 'metrics.jsonl').open('w', buffering=1) as lines:\n"
+        "    for step in range(1, 11):\n"
+        "        print(json.dumps({'step': step, 'loss': 1, 'time': time.time()}), file=lines)\n"
+        "        time.sleep(0.05)\n"
+    )
+    peer = bench_peers.Peer("Other", lambda job: [str(script), str(job.workdir)], "json")
+    monkeypatch.setitem(bench_peers.PEERS, "other", peer)
+    run = bench_peers.Run("other", bench_peers.Job(tmp_path, tmp_path / "run", 10, log_every=1))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    run.until(1)
+    run.hold()
+    before = metrics.read_text()
+    time.sleep(0.5)
+    assert metrics.read_text() == before
+    run.go_on()
+    run.end()
+    told = [json.loads(line)["time"] for line in metrics.read_text().splitlines()]
+    assert run.records[1].seconds == told[0]
+    assert told[9] - run.records[10].seconds >= 0.5
 
 
 @pytest.mark.parametrize("name", bench_peers.PEERS)

@@ -18,14 +18,14 @@ QKV = ("batch", "sequence", None, None)
 B, T, K = 2, 64, 8
 
 
-def arrays(num_heads, num_kv_heads, *, seed=0, dtype=jnp.float32):
+def arrays(num_heads, num_kv_heads, *, seed=0, length=T, rows=B, documents=3):
     """Queries, keys, values, a gradient, and packed documents that cross every border."""
     rng = np.random.default_rng(seed)
     heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    q, k, v, g = (jnp.asarray(rng.normal(size=(B, T, h, K)), dtype) for h in heads)
-    begins = rng.random((B, T)) < 3 / T
+    q, k, v, g = (jnp.asarray(rng.normal(size=(rows, length, h, K)), jnp.float32) for h in heads)
+    begins = rng.random((rows, length)) < documents / length
     begins[:, 0] = True
-    steps = np.arange(T)
+    steps = np.arange(length)
     positions = steps - np.maximum.accumulate(np.where(begins, steps, 0), axis=1)
     tokens = Tokens(
         jnp.asarray(np.cumsum(begins, axis=1), jnp.int32), jnp.asarray(positions, jnp.int32)
@@ -54,20 +54,23 @@ def layout_of(method, placement, *, rules=None, **mesh):
     )
 
 
-def split(layout, q, k, v, g, tokens, **scoring):
-    """The same over the layout, back in the sequence's order."""
+def split(layout, q, k, v, g, tokens, *, eager=False, **scoring):
+    """The same over the layout, back in the sequence's order; eager: as it lies, to be traced."""
 
-    @jax.jit
     def run(q, k, v, g, tokens):
         with use_layout(layout):
             q, k, v, g = (place(x, QKV) for x in (q, k, v, g))
             tokens = jax.tree.map(lambda x: place(x, QKV[:2]), tokens)
             return plain(q, k, v, g, tokens, **scoring)
 
+    if eager:
+        return run(q, k, v, g, tokens)
     order = Placement(
-        name=layout.context.placement, num_devices=layout.mesh.shape["context"], length=T
+        name=layout.context.placement,
+        num_devices=layout.mesh.shape["context"],
+        length=q.shape[1],
     ).order()
-    return [np.asarray(x)[:, np.argsort(order)] for x in run(q, k, v, g, tokens)]
+    return [np.asarray(x)[:, np.argsort(order)] for x in jax.jit(run)(q, k, v, g, tokens)]
 
 
 CASES = {

@@ -24,6 +24,8 @@ from spmd_train.inspect.hlo import clean_op_name
 from spmd_train.nn import attention_kernels, flash
 from spmd_train.nn.attention import Tokens, attend
 from spmd_train.nn.attention_kernels import Splash, Triton, kernel_flops
+from spmd_train.parallel.by_kernel import Scoring
+from spmd_train.parallel.placement import Placement
 from spmd_train.plan.dot_flops import told_flops
 
 KERNELS = {"splash": Splash(interpret=True), "triton": Triton(interpret=True)}
@@ -96,7 +98,8 @@ def test_flash_is_taken_where_a_kernel_can(monkeypatch):
 def test_flash_of_gpus_is_for_those_that_can(capability, fits, monkeypatch):
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(attention_kernels, "current_device", lambda: device)
-    why = Triton().why_not(256, softcap=0.0, window=0)
+    whole = Placement(name="contiguous", num_devices=1, length=256)
+    why = Triton().why_not(whole, Scoring(0.0, 0), queries=256, keys=256)
     assert (why == "") == fits and ("Ampere" in why) != fits
 
 
@@ -106,8 +109,6 @@ def test_flash_that_cannot_be_is_refused_before_anything_is_written(monkeypatch)
         build(parse(keys))
     monkeypatch.setitem(flash.KERNELS, "cpu", KERNELS["splash"])
     build(parse(keys))
-    with pytest.raises(ConfigError, match=r"mesh.context splits sequences"):
-        build(parse(keys | {"mesh": {"data": -1, "context": 2}}))
 
 
 GROUPS = dataclasses.replace(MODEL, num_kv_heads=2, remat="projections")

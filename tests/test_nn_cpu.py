@@ -43,7 +43,7 @@ def test_nn_cpu_computed_once_is_exact_and_differentiable():
 
 
 def norm_gradients(monkeypatch, *, flat):
-    monkeypatch.setattr(norms, "flat_tokens", lambda: flat)
+    monkeypatch.setattr(norms, "flat_tokens", lambda *_: flat)
     graph = nnx.graphdef(RMSNorm(24, epsilon=1e-5, dtype="float32", rngs=nnx.Rngs(0)))
     x, g = jax.random.normal(jax.random.key(0), (2, 3, 5, 24)) * 3
     scale = 1 + jax.random.normal(jax.random.key(1), (24,))

@@ -39,3 +39,26 @@ def test_plan_flash_keeps_no_scores(target):
     assert kernel["wire_bytes"] <= 1.01 * blocks["wire_bytes"]
     # Both leave out what a causal mask hides; 7 matmuls against 4 backward, 512 rows at a time.
     assert kernel["flops"]["program"] < 1.3 * blocks["flops"]["program"]
+
+
+@pytest.mark.parametrize(
+    ("target", "method"),
+    [
+        pytest.param("v5e:2x2", "ring", marks=pytest.mark.plan_tpu),
+        pytest.param("v5e:2x2", "ulysses", marks=pytest.mark.plan_tpu),
+        pytest.param("h100:1x4", "ulysses", marks=pytest.mark.plan_cuda),
+    ],
+)
+def test_plan_flash_of_split_sequences(target, method):
+    split = {
+        "mesh.fsdp": 1,
+        "mesh.context": 2,
+        "data.sequence_length": 4096,
+        "context.method": method,
+    }
+    blocks, kernel = (plan(target, **split, **{"model.attention": m}) for m in ("blocks", "flash"))
+    assert kernel["details"]["unknown_kernels"] == []
+    assert kernel["wire_bytes"] <= 1.01 * blocks["wire_bytes"]
+    # The same pairs of tiles: 7 matmuls against 5 backward.
+    more = kernel["flops"]["program"] / blocks["flops"]["program"]
+    assert 1 < more < 1.3

@@ -21,6 +21,8 @@ import problem
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow as tf
+from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+from tensorflow.python.eager import context
 
 QUERY_BLOCK = 128
 NUM_REPLICAS = 2
@@ -180,6 +182,16 @@ def start_workers() -> None:
     raise SystemExit(max(abs(process.wait()) for process in processes))
 
 
+def outlast_holds() -> None:
+    """The bench holds the workers for longer than the 10 seconds after which they are given up."""
+    context.context().configure_coordination_service(
+        "standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=NUM_REPLICAS)],
+        heartbeat_timeout_in_ms=3_600_000,
+    )
+
+
 def main() -> None:
     args = problem.parse_arguments(__doc__, strategy=["mirrored", "multiworker"])
     is_first = True
@@ -187,6 +199,7 @@ def main() -> None:
         if "TF_CONFIG" not in os.environ:
             start_workers()
         is_first = json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 0
+        outlast_holds()
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     else:
         cpu = tf.config.list_physical_devices("CPU")[0]

@@ -18,8 +18,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from spmd_train.cli.allocator import choose_allocator
 from spmd_train.cli.config_flags import split_overrides, unknown_argument
-from spmd_train.cli.huge_pages import ask_for_huge_pages
 from spmd_train.cli.verbs import VERBS, Flag, Verb
 from spmd_train.config import ConfigError, load_config, parse
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     started = time.time()
     if argv is None:
-        ask_for_huge_pages()
+        choose_allocator()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )

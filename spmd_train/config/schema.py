@@ -214,7 +214,8 @@ class ModelConfig:
     attention: str = key(
         "auto",
         "how it is computed: by the platform's kernel (flash), in plain JAX by blocks of queries "
-        "(blocks), or flash where there is a kernel that takes the shapes (auto)",
+        "(blocks), or flash where there is a kernel that takes the shapes (auto); so it is, too, "
+        "what a device does of split sequences (context.method)",
         choices=("auto", "flash", "blocks"),
     )
     remat: str = key(

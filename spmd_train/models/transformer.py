@@ -11,7 +11,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import ModelConfig, MoEConfig
-from spmd_train.nn import flash
 from spmd_train.nn.attention import Attention, LayerCache, Tokens
 from spmd_train.nn.dropout import DropoutKeys
 from spmd_train.nn.embeddings import Embedding, rope_angles
@@ -21,6 +20,7 @@ from spmd_train.nn.norms import NORMS
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import SAVED_NAME, Operands, Projection, Tape, recording
 from spmd_train.nn.routing import RoutingStats
+from spmd_train.parallel import by_kernel
 from spmd_train.parallel.rules import (
     RESIDUAL,
     constrain,
@@ -35,10 +35,10 @@ REMAT_POLICIES: dict[str, Callable[[ModelConfig], Any]] = {
     "full": lambda config: jax.checkpoint_policies.nothing_saveable,
     "dots": lambda config: jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable,
-        jax.checkpoint_policies.save_only_these_names(flash.SAVED_NAME),
+        jax.checkpoint_policies.save_only_these_names(by_kernel.SAVED_NAME),
     ),
     "projections": lambda config: jax.checkpoint_policies.save_only_these_names(
-        SAVED_NAME, flash.SAVED_NAME
+        SAVED_NAME, by_kernel.SAVED_NAME
     ),
     "names": lambda config: jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=config.remat_names[0],

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from spmd_train.config import ConfigError, ModelConfig
+from spmd_train.config import ModelConfig
 from spmd_train.nn.embeddings import apply_rope
-from spmd_train.nn.flash import flash_attend, flash_fits
+from spmd_train.nn.flash import flash_attend, kernel_for
 from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.params import normal
 from spmd_train.nn.projection import Projection
@@ -32,17 +32,11 @@ def check_attention(config: ModelConfig, *, length: int) -> None:
     """Refuses `model.attention = flash` where `attend` will not do it; needs the layout in use.
 
     Raises:
-        ConfigError: there is no kernel for sequences of so many tokens, or they are split.
+        ConfigError: there is no kernel for sequences of so many tokens, split as they are.
     """
-    if config.attention != "flash":
-        return
-    if split_axes():
-        raise ConfigError(
-            "model.attention=flash: mesh.context splits sequences, which context.method attends "
-            "to; take auto"
-        )
-    scoring = {"softcap": config.attention_softcap, "window": config.sliding_window}
-    flash_fits(length, needed=True, **scoring)
+    if config.attention == "flash":
+        scoring = {"softcap": config.attention_softcap, "window": config.sliding_window}
+        kernel_for(length, needed=True, **scoring)
 
 
 def attend(
@@ -59,8 +53,9 @@ def attend(
 ) -> jax.Array:
     """Causal grouped-query attention within segments; scores and softmax in float32.
 
-    Where the layout splits sequences over devices, so is this (`parallel.context`); else, of tokens
-    in order, the platform's kernel does it (`nn.flash`), if it has one; else blocks of queries.
+    Of tokens in order the platform's kernel does it (`nn.flash`), if it has one that can; else it
+    is done by blocks. Where the layout splits sequences over devices, so is this, with either
+    (`parallel.context`).
 
     Args:
         q_BTHK: queries [B, T, H, K].
@@ -83,11 +78,14 @@ def attend(
     """
     chex.assert_equal_shape([k_BSGK, v_BSGK])
     scoring: dict[str, Any] = {"softcap": softcap, "window": window}
+    length, kernel = q_BTHK.shape[1], None
+    if in_order and method != "blocks":
+        kernel = kernel_for(length, needed=method == "flash", **scoring)
     if in_order and split_axes():
-        return attend_split(q_BTHK, k_BSGK, v_BSGK, tokens=queries, **scoring)
-    length = q_BTHK.shape[1]
-    if in_order and method != "blocks" and flash_fits(length, needed=method == "flash", **scoring):
-        return flash_attend(q_BTHK, k_BSGK, v_BSGK, segments_BT=queries.segment_ids, **scoring)
+        return attend_split(q_BTHK, k_BSGK, v_BSGK, tokens=queries, kernel=kernel, **scoring)
+    if kernel:
+        segments = queries.segment_ids
+        return flash_attend(q_BTHK, k_BSGK, v_BSGK, kernel=kernel, segments_BT=segments, **scoring)
     size = QUERY_BLOCK[current_platform()]
     if not in_order or length <= size or length % size:
         return _attend_block(q_BTHK, k_BSGK, v_BSGK, queries, keys, softcap, window)

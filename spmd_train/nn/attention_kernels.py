@@ -2,22 +2,27 @@
 
 Both know segments. What a kernel does not know it refuses: nothing is silently dropped.
 
-Dims: B batch, T tokens, H query heads, G key heads, K head width.
+Dims: B batch, T queries, S keys, H query heads, G key heads, K head width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-import math
 import warnings
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from spmd_train.parallel.by_kernel import Scoring
+from spmd_train.parallel.placement import Placement, Tiles
 from spmd_train.parallel.rules import current_device
 
 QKV = tuple[jax.Array, jax.Array, jax.Array]
+Segments = tuple[jax.Array, jax.Array]
 
 
 def _pallas(name: str) -> Any:
@@ -41,147 +46,231 @@ def kernel_flops(flops: float) -> str:
     return f"kernel_flops_{round(flops)}"
 
 
-class Kernel(Protocol):
-    """Causal attention within segments, of one device's arrays, and its gradient."""
+class _Table(NamedTuple):
+    """For each tile of one side the tiles of the other that it meets, as splash's `MaskInfo`.
 
-    def why_not(self, length: int, *, softcap: float, window: int) -> str:
-        """What the kernel cannot do of sequences of this length; empty: it can."""
-        ...
+    Attributes:
+        next: which tile comes next, int16 or int32 [..., 1, I, W].
+        kind: what is visible of it, int8: 0 nothing, 1 what a mask says, 2 all.
+        mask: which mask, int8.
+    """
 
-    def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, **scoring: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """Output [B, T, H, K], and of the softmax what its gradient needs, float32 [B, H, T].
+    next: Any
+    kind: Any
+    mask: Any
 
-        Args:
-            q: scaled queries [B, T, H, K].
-            k: keys [B, T, G, K].
-            v: values.
-            segments: int32 [B, T].
-            scoring: `softcap` and `window`; 0: off.
-        """
-        ...
 
-    def backward(self, saved: Any, out_grad: jax.Array, **scoring: Any) -> QKV:
-        """Gradients of q, k and v; `saved` are q, k, v, segments and what `forward` returned."""
-        ...
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """How splash goes over pairs of tiles.
+
+    Attributes:
+        rows: keys of each tile of queries.
+        columns: queries of each tile of keys, these in the last dim.
+        size: tokens of a tile.
+        pairs: how many pairs, on the device that has most.
+    """
+
+    rows: _Table
+    columns: _Table
+    size: int = dataclasses.field(metadata={"static": True})
+    pairs: int = dataclasses.field(metadata={"static": True})
 
 
 class Splash:
     """Splash attention: a flash attention that skips the blocks that its mask empties.
 
     Per pair of blocks it has 2 matmuls forward; backward 4 for keys and values, 3 for queries, in
-    two kernels.
+    two kernels. Which pairs it walks over, and which of a few masks each is under, are arrays: so
+    one kernel serves devices that have different pairs.
     """
 
+    sizes: tuple[int, ...] = (512, 384, 256, 128)
+    lowest: float = float(0.5 * jnp.finfo(jnp.float32).min)
     _WIDTH = 128
     """A TPU's lanes: heads are padded to whole ones, which costs nothing there."""
+    _MOST_PAIRS = 250_000
+    """Of 4 bytes each in `_Table`: what fits into 1 MiB of scalar memory (tried on v5e)."""
 
     def __init__(self, *, interpret: bool = False) -> None:
         """Makes it; `interpret` runs it on CPU, slowly."""
         self._interpret = interpret
 
-    def why_not(self, length: int, *, softcap: float, window: int) -> str:
+    def why_not(self, placement: Placement, scoring: Scoring, *, queries: int, keys: int) -> str:
         """See `Kernel`."""
-        return _why_no_multiple(length, self._WIDTH)
+        tile = placement.tile
+        reach = min(keys // tile, scoring.window // tile + 2) if scoring.window else keys // tile
+        if queries // tile * reach > self._MOST_PAIRS:
+            return (
+                f"{queries:,} queries and {keys:,} keys on a device have more tiles than a TPU's "
+                "scalar memory; split sequences further (mesh.context), or take ring"
+            )
+        return _why_no_multiple(placement, self._WIDTH)
+
+    def walk(self, steps: Sequence[Tiles], scoring: Scoring) -> _Walk:
+        """See `Kernel`."""
+        size = steps[0].size
+        partial = _partial_masks(size, scoring.window)
+        rows, columns = (_tables(steps, by, list(partial)) for by in (0, 1))
+        columns = jax.tree.map(lambda x: x.swapaxes(-1, -2), columns)
+        return _Walk(rows, columns, size, max(int(tiles.counts.max()) for tiles in steps))
 
     def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, **scoring: Any
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: Segments,
+        walk: _Walk,
+        scoring: Scoring,
     ) -> tuple[jax.Array, jax.Array]:
         """See `Kernel`."""
-        info, _, told, flops = self._plan(q.shape, **scoring)
         splash = _splash("kernel")
+        info = self._mask(walk.rows, walk.size, scoring)
+        cuts = dict.fromkeys(("block_q", "block_kv"), walk.size)
 
-        def one(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> Any:
-            ids = splash.SegmentIds(s, s)
+        def one(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
             return splash._splash_attention_forward(
-                *(info, q, k, v, ids),
+                *(info, q, k, v, splash.SegmentIds(*ids)),
                 sinks=None,
                 save_residuals=True,
                 residual_checkpoint_name=None,
-                **told,
+                block_sizes=splash.BlockSizes(**cuts),
+                **self._told(scoring),
             )
 
         run: Any = jax.vmap(one)
-        with jax.named_scope(kernel_flops(2 * flops)):
-            out, (log_total,) = run(*self._heads_first(q, k, v), segments)
-        return self._tokens_first(out, q), log_total
+        with jax.named_scope(kernel_flops(2 * self._flops(q, walk))):
+            out, (log_total,) = run(*self._padded(q, k, v), *segments)
+        return out[..., : q.shape[3]], log_total
 
-    def backward(self, saved: Any, out_grad: jax.Array, **scoring: Any) -> QKV:
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: Segments,
+        walk: _Walk,
+        scoring: Scoring,
+        *,
+        out_grad: jax.Array,
+        log_total: jax.Array,
+        dot: jax.Array,
+    ) -> QKV:
         """See `Kernel`."""
-        q, k, v, segments, out, log_total = saved
-        _, infos, told, flops = self._plan(q.shape, **scoring)
         splash = _splash("kernel")
+        rows, columns = (self._mask(x, walk.size, scoring) for x in (walk.rows, walk.columns))
+        columns = columns._replace(partial_mask_blocks=rows.partial_mask_blocks.swapaxes(1, 2))
+        told = self._told(scoring)
+        told |= dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.HEAD_DIM_MINOR)
+        told |= {"bq": walk.size, "bkv": walk.size}
+        flops = self._flops(q, walk)
 
-        def one(
-            q: Any, k: Any, v: Any, out: Any, out_grad: Any, s: jax.Array, log_total: jax.Array
-        ) -> Any:
-            ids = splash.SegmentIds(s, s)
-            residuals = (q, k, v, ids, None, out, log_total, *infos)
-            return splash._splash_attention_bwd(
-                save_residuals=False,
-                residual_checkpoint_name=None,
-                res=residuals,
-                do=out_grad,
-                **told,
-            )[3:6]
+        def one(q: Any, k: Any, v: Any, out_grad: Any, *rest: jax.Array) -> Any:
+            *ids, log_total, dot = rest
+            given = q, k, v, splash.SegmentIds(*ids), None, log_total, out_grad, dot
+            with jax.named_scope(kernel_flops(4 * flops)):
+                _, k_grad, v_grad = splash._splash_attention_bwd_dkv(
+                    *given,
+                    bkv_compute=walk.size,
+                    use_fused_bwd_kernel=False,
+                    mask_info=columns,
+                    **told,
+                )
+            with jax.named_scope(kernel_flops(3 * flops)):
+                q_grad = splash._splash_attention_bwd_dq(*given, mask_info=rows, **told)
+            return q_grad, k_grad, v_grad
 
         run: Any = jax.vmap(one)
-        with jax.named_scope(kernel_flops(7 / 2 * flops)):
-            grads = run(*self._heads_first(q, k, v, out, out_grad), segments, log_total)
-        q_grad, k_grad, v_grad = map(self._tokens_first, grads, (q, k, v))
+        grads = run(*self._padded(q, k, v, out_grad), *segments, log_total, dot)
+        q_grad, k_grad, v_grad = (x[..., : q.shape[3]] for x in grads)
         return q_grad, k_grad, v_grad
 
-    def _plan(
-        self, shape: tuple[int, ...], *, softcap: float, window: int
-    ) -> tuple[Any, tuple[Any, Any], dict[str, Any], int]:
-        """The mask as the kernels walk it (forward; queries, keys), what else they are told.
+    def _mask(self, table: _Table, size: int, scoring: Scoring) -> Any:
+        masks = np.stack(list(_partial_masks(size, scoring.window).values()))
+        return _splash("mask_info").MaskInfo(
+            data_next=table.next,
+            mask_next=table.mask,
+            block_mask=table.kind,
+            partial_mask_blocks=jnp.asarray(masks),
+            q_sequence=None,
+        )
 
-        And FLOPs of one matmul over the pairs of blocks that it leaves.
-        """
-        splash, masks, mask_info = map(_splash, ("kernel", "mask", "mask_info"))
-        b, t, h, k = shape
-        block = next(size for size in (512, 384, 256, 128) if t % size == 0)
-        mask = masks.CausalMask((t, t))
-        if window:
-            mask = masks.LocalMask((t, t), window_size=(window - 1, 0), offset=0)
-        everywhere: Any = masks.MultiHeadMask([mask] * h), (block, block)
-        rows, function = mask_info.process_mask(*everywhere, head_shards=1, q_seq_shards=1)
-        columns, _ = mask_info.process_mask_dkv(*everywhere, head_shards=1, q_seq_shards=1)
-        rows, columns = jax.tree.map(jnp.array, (rows, columns))
-
-        cuts = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-        told = {
-            "mask_value": splash.DEFAULT_MASK_VALUE,
+    def _told(self, scoring: Scoring) -> dict[str, Any]:
+        return {
+            "mask_value": _splash("kernel").DEFAULT_MASK_VALUE,
             "is_mqa": False,
-            "block_sizes": splash.BlockSizes(**dict.fromkeys(cuts, block)),
-            "mask_function": function,
-            "attn_logits_soft_cap": softcap or None,
+            "mask_function": None,
+            "attn_logits_soft_cap": scoring.softcap or None,
             "interpret": self._interpret,
         }
-        blocks = t // block
-        reach = min(blocks, math.ceil((window - 1) / block) + 1) if window else blocks
-        pairs = reach * blocks - reach * (reach - 1) // 2
-        return rows, (rows, columns), told, 2 * b * h * pairs * block**2 * self._padded(k)
 
-    def _padded(self, width: int) -> int:
+    def _flops(self, q: jax.Array, walk: _Walk) -> int:
+        """Of one matmul over all pairs."""
+        b, h, _, width = q.shape
+        return 2 * b * h * walk.pairs * walk.size**2 * self._lanes(width)
+
+    def _lanes(self, width: int) -> int:
         return -(-width // self._WIDTH) * self._WIDTH
 
-    def _heads_first(self, *arrays_BTHK: jax.Array) -> list[jax.Array]:
-        width = arrays_BTHK[0].shape[3]
-        pad = ((0, 0), (0, 0), (0, 0), (0, self._padded(width) - width))
-        return [jnp.pad(x.swapaxes(1, 2), pad) for x in arrays_BTHK]
+    def _padded(self, *arrays: jax.Array) -> list[jax.Array]:
+        width = arrays[0].shape[3]
+        pad = ((0, 0), (0, 0), (0, 0), (0, self._lanes(width) - width))
+        return [jnp.pad(x, pad) for x in arrays]
 
-    def _tokens_first(self, x_BHTK: jax.Array, like: jax.Array) -> jax.Array:
-        return x_BHTK.swapaxes(1, 2)[..., : like.shape[3]].astype(like.dtype)
+
+def _partial_masks(size: int, window: int) -> dict[int, np.ndarray]:
+    """Distance in tiles between queries and keys, to the mask there, where it hides some keys."""
+    within = np.arange(size)[:, None] - np.arange(size)
+    masks = {}
+    for tiles in {0, *(range(window // size, window // size + 2) if window else ())}:
+        distance = tiles * size + within
+        mask = (distance >= 0) & (distance < window if window else True)
+        if mask.any() and not mask.all():
+            masks[tiles] = mask
+    return masks
+
+
+def _tables(steps: Sequence[Tiles], by: int, partial: list[int]) -> _Table:
+    """By queries (0) or by keys (1): numpy [C, L, 1, I, W]; what pads repeats a tile, unseen."""
+    devices = range(len(steps[0].counts))
+    size = (steps[0].queries, steps[0].keys)[by].shape[1]
+    found = []
+    for c in devices:
+        for tiles in steps:
+            pairs = tiles.pairs[c, : tiles.counts[c]]
+            pairs = pairs[np.argsort(pairs[:, by], kind="stable")]
+            of, met = pairs[:, by], pairs[:, 1 - by]
+            place = np.arange(len(pairs)) - np.searchsorted(of, of)
+            away = tiles.queries[c, pairs[:, 0]] - tiles.keys[c, pairs[:, 1]]
+            found.append((of, place, met, away))
+    width = 1 + max(int(place.max(initial=0)) for _, place, _, _ in found)
+    shape = (len(found), size, width)
+    other = (steps[0].queries, steps[0].keys)[1 - by].shape[1]
+    table = _Table(
+        np.zeros(shape, np.int16 if other <= np.iinfo(np.int16).max else np.int32),
+        np.zeros(shape, np.int8),
+        np.zeros(shape, np.int8),
+    )
+    for n, (of, place, met, away) in enumerate(found):
+        table.next[n, of, place] = met
+        table.kind[n, of, place] = np.where(np.isin(away, partial), 1, 2)
+        for i, distance in enumerate(partial):
+            table.mask[n, of, place] += np.int8(i) * (away == distance)
+    np.maximum.accumulate(table.next, axis=2, out=table.next)
+    return jax.tree.map(lambda x: x.reshape(len(devices), len(steps), 1, size, width), table)
 
 
 class Triton:
     """The flash attention of `jax.experimental.pallas.ops.gpu`, on GPUs since Ampere.
 
-    It knows as many key heads as query heads: keys and values are repeated on the device.
+    It knows as many key heads as query heads: keys and values are repeated on the device. And
+    tokens in order only: where they are not, it is given them in order.
     """
 
+    sizes: tuple[int, ...] = (512, 256, 128)
+    lowest: float = -jnp.inf
     _FORWARD, _BACKWARD = 128, 64
     """Rows and columns of a block."""
 
@@ -189,56 +278,120 @@ class Triton:
         """Makes it; `interpret` runs it on CPU, slowly."""
         self._interpret = interpret
 
-    def why_not(self, length: int, *, softcap: float, window: int) -> str:
+    def why_not(self, placement: Placement, scoring: Scoring, *, queries: int, keys: int) -> str:
         """See `Kernel`."""
         if not self._interpret and not _is_ampere(current_device()):
             return "that of gpu is for NVIDIA's since Ampere (compute capability 8.0)"
-        if softcap or window:
+        if scoring.softcap or scoring.window:
             return "that of gpu knows no model.attention_softcap and no model.sliding_window"
-        return _why_no_multiple(length, self._FORWARD)
+        if not queries == keys == placement.length:
+            return "that of gpu takes whole sequences, as context.method=ulysses has them"
+        return _why_no_multiple(placement, self._FORWARD)
+
+    def walk(self, steps: Sequence[Tiles], scoring: Scoring) -> _Order:
+        """See `Kernel`."""
+        return _Order(tuple(steps[0].queries[0].tolist()))
 
     def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, **scoring: Any
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: Segments,
+        walk: _Order,
+        scoring: Scoring,
     ) -> tuple[jax.Array, jax.Array]:
         """See `Kernel`."""
-        copies = q.shape[2] // k.shape[2]
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        with jax.named_scope(kernel_flops(2 * self._flops(q.shape, self._FORWARD))):
-            return _triton().mha(
-                *(q, k, v, segments),
+        copies = q.shape[1] // k.shape[1]
+        with jax.named_scope(kernel_flops(2 * self._flops(q, self._FORWARD))):
+            out, log_total = _triton().mha(
+                *(walk.tokens_first(x, copies=n) for x, n in ((q, 1), (k, copies), (v, copies))),
+                walk.in_order(segments[0], dim=1),
                 causal=True,
                 block_sizes=self._blocks(),
                 return_residuals=True,
                 interpret=self._interpret,
             )
+        return walk.heads_first(out), walk.back(log_total, dim=2)
 
-    def backward(self, saved: Any, out_grad: jax.Array, **scoring: Any) -> QKV:
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: Segments,
+        walk: _Order,
+        scoring: Scoring,
+        *,
+        out_grad: jax.Array,
+        log_total: jax.Array,
+        dot: jax.Array,
+    ) -> QKV:
         """See `Kernel`."""
-        q, k, v, segments, out, log_total = saved
-        g, copies = k.shape[2], q.shape[2] // k.shape[2]
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        # The kernel takes the output, but only for `dot`: all that has this sum will do.
+        largest = jnp.max(jnp.abs(out_grad), axis=-1, keepdims=True).astype(jnp.float32)
+        unit = out_grad / jnp.where(largest, largest, 1)
+        squares = jnp.sum(jnp.square(unit), axis=-1, keepdims=True)
+        out = unit * (dot[..., None] / jnp.where(largest, largest * squares, 1))
+        b, g, t, width = k.shape
+        copies = q.shape[1] // g
+        given = ((q, 1), (k, copies), (v, copies), (out.astype(q.dtype), 1), (out_grad, 1))
+        q_, k_, v_, out_, out_grad_ = (walk.tokens_first(x, copies=n) for x, n in given)
+        residuals = (q_, k_, v_, walk.in_order(segments[0], dim=1), out_)
         # Told of both kernels, the sum before the gradient and the gradient: half for each.
-        with jax.named_scope(kernel_flops(7 / 2 * self._flops(q.shape, self._BACKWARD))):
+        with jax.named_scope(kernel_flops(7 / 2 * self._flops(q, self._BACKWARD))):
             q_grad, *kv_grads, _ = _triton()._mha_backward(
                 1.0, True, self._blocks(), "triton", None, 2, None, self._interpret, False, False,
-                (q, k, v, segments, out, log_total), out_grad,
+                (*residuals, walk.in_order(log_total, dim=2)), out_grad_,
             )  # fmt: skip
-        b, t, _, width = k.shape
         k_grad, v_grad = (
-            x.reshape(b, t, g, copies, width).sum(3, dtype=jnp.float32).astype(x.dtype)
+            walk.heads_first(x)
+            .reshape(b, g, copies, t, width)
+            .sum(2, dtype=jnp.float32)
+            .astype(x.dtype)
             for x in kv_grads
         )
-        return q_grad, k_grad, v_grad
+        return walk.heads_first(q_grad), k_grad, v_grad
 
     def _blocks(self) -> Any:
         cuts = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
         sizes = dict.fromkeys(cuts, self._BACKWARD)
         return _triton().BlockSizes(block_q=self._FORWARD, block_k=self._BACKWARD, **sizes)
 
-    def _flops(self, shape: tuple[int, ...], block: int) -> int:
+    def _flops(self, q: jax.Array, block: int) -> int:
         """FLOPs of one matmul over all blocks that a causal mask leaves."""
-        b, t, h, width = shape
+        b, h, t, width = q.shape
         return b * h * t * (t + block) * width
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """The order of a whole sequence's tiles where they lie."""
+
+    tiles: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def in_order(self, x: jax.Array, *, dim: int) -> jax.Array:
+        """The sequence in its own order."""
+        return self._taken(x, np.argsort(self.tiles), dim)
+
+    def back(self, x: jax.Array, *, dim: int) -> jax.Array:
+        """`in_order` undone."""
+        return self._taken(x, np.array(self.tiles), dim)
+
+    def tokens_first(self, x_BHTK: jax.Array, *, copies: int) -> jax.Array:
+        """[B, T, H, K] in order, of each head so many copies."""
+        return self.in_order(jnp.repeat(x_BHTK, copies, axis=1).swapaxes(1, 2), dim=1)
+
+    def heads_first(self, x_BTHK: jax.Array) -> jax.Array:
+        """[B, H, T, K], back where they were."""
+        return self.back(x_BTHK, dim=1).swapaxes(1, 2)
+
+    def _taken(self, x: jax.Array, tiles: np.ndarray, dim: int) -> jax.Array:
+        if (np.diff(tiles) == 1).all():
+            return x
+        cut = x.reshape(*x.shape[:dim], len(tiles), -1, *x.shape[dim + 1 :])
+        return jnp.take(cut, jnp.asarray(tiles), axis=dim).reshape(x.shape)
 
 
 def _is_ampere(device: Any) -> bool:
@@ -247,5 +400,11 @@ def _is_ampere(device: Any) -> bool:
     return major.isdecimal() and int(major) >= 8
 
 
-def _why_no_multiple(length: int, block: int) -> str:
-    return f"it takes multiples of {block} tokens, not {length}" if length % block else ""
+def _why_no_multiple(placement: Placement, block: int) -> str:
+    length = placement.block_length
+    if length % block == 0:
+        return ""
+    cut = ""
+    if placement.num_devices > 1:
+        cut = f", the blocks that context.placement={placement.name} cuts {placement.length} into"
+    return f"it takes multiples of {block} tokens, not {length}{cut}"

@@ -7,16 +7,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from spmd_train.parallel.rules import current_platform
-from spmd_train.parallel.sequence import split_axes
+from spmd_train.parallel.rules import current_layout, current_platform
 
 
-def flat_tokens() -> bool:
+def flat_tokens(*sequences: str) -> bool:
     """Whether [batch, tokens, ...] is to be made [batch * tokens, ...] where that makes matmuls.
 
     Tokens of split sequences cannot be one dim without gathering them.
+
+    Args:
+        sequences: logical axes of the tokens; default: `sequence`.
     """
-    return current_platform() == "cpu" and not split_axes()
+    layout = current_layout()
+    split = layout is not None and any(layout.axes(s) for s in sequences or ("sequence",))
+    return current_platform() == "cpu" and not split
 
 
 def computed_once(x: jax.Array) -> jax.Array:
@@ -38,7 +42,7 @@ def computed_once(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """`x / rms(x) * scale`, whose derivative sums by matmuls: XLA's reductions cost three times.
+    """`x / rms(x) * scale`, whose derivative sums by matmuls, which take fewer passes.
 
     Args:
         x: float32 [..., N].

@@ -1,9 +1,9 @@
 """Attention by a platform's own kernel: scores never leave the chip.
 
-| platform | kernel |
-|---|---|
-| tpu | JAX's splash attention (Pallas) |
-| gpu | JAX's flash attention (Pallas on Triton); without soft cap and sliding window |
+| platform | kernel | over split sequences (`parallel.context`) |
+|---|---|---|
+| tpu | JAX's splash attention (Pallas) | ring, all_gather, ulysses |
+| gpu | JAX's flash attention (Pallas on Triton); without soft cap and sliding window | ulysses |
 
 Dims: B batch, T tokens, H query heads, G key heads, K head width.
 """
@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import MESH_AXES, ConfigError
-from spmd_train.nn.attention_kernels import Kernel, Splash, Triton
+from spmd_train.nn.attention_kernels import Splash, Triton
+from spmd_train.parallel.by_kernel import SAVED_NAME, Kernel, Scoring
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
+from spmd_train.parallel.placement import Placement
 from spmd_train.parallel.rules import (
     current_layout,
     current_platform,
@@ -29,30 +31,36 @@ from spmd_train.parallel.rules import (
     to_spec,
     vary,
 )
-
-SAVED_NAME = "attention"
-"""The name under which a remat policy can keep what a kernel's forward pass returns."""
+from spmd_train.parallel.sequence import placement_of, split_axes
 
 KERNELS: dict[str, Kernel] = {"tpu": Splash(), "gpu": Triton()}
 """Platform to its kernel."""
 
 
-def flash_fits(length: int, *, softcap: float, window: int, needed: bool) -> bool:
-    """Whether this platform has a kernel that can do it.
+def kernel_for(length: int, *, softcap: float, window: int, needed: bool) -> Kernel | None:
+    """This platform's kernel, if it can attend to such sequences as the layout lays them.
 
     Raises:
-        ConfigError: it has not, and it is needed.
+        ConfigError: there is none, and it is needed.
     """
-    platform = current_platform()
+    platform, layout = current_platform(), current_layout()
+    kernel = KERNELS.get(platform)
     why = f"there is none for {platform}, only for {' and '.join(KERNELS)}"
-    if platform in KERNELS:
-        why = KERNELS[platform].why_not(length, softcap=softcap, window=window)
+    if kernel:
+        placement = placement_of(length, window=window, sizes=kernel.sizes)
+        queries = keys = length
+        if layout is not None and split_axes():
+            own, method = length // placement.num_devices, layout.context.method
+            queries, keys = {"ring": (own, own), "all_gather": (own, length)}.get(
+                method, (length, length)
+            )
+        why = kernel.why_not(placement, Scoring(softcap, window), queries=queries, keys=keys)
     if why and needed:
         raise ConfigError(
             f"model.attention=flash: no attention kernel: {why}; take auto, which then computes "
             "blocks"
         )
-    return not why
+    return None if why else kernel
 
 
 def flash_attend(
@@ -60,6 +68,7 @@ def flash_attend(
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
     *,
+    kernel: Kernel,
     segments_BT: jax.Array,
     softcap: float,
     window: int,
@@ -73,6 +82,7 @@ def flash_attend(
         q_BTHK: queries, global arrays as everywhere outside a `shard_map`.
         k_BTGK: keys.
         v_BTGK: values.
+        kernel: the platform's.
         segments_BT: int32.
         softcap: of the scores; 0: off.
         window: a key is visible if it is less than so many positions before; 0: off.
@@ -80,8 +90,14 @@ def flash_attend(
     Returns:
         [B, T, H, K] in the dtype of `q_BTHK`.
     """
-    kernel, layout = KERNELS[current_platform()], current_layout()
-    scoring = {"softcap": softcap, "window": window}
+    layout, scoring = current_layout(), Scoring(softcap, window)
+    placement = Placement(
+        name="contiguous",
+        num_devices=1,
+        length=q_BTHK.shape[1],
+        window=window,
+        sizes=kernel.sizes,
+    )
     q_BTHK = (q_BTHK / math.sqrt(q_BTHK.shape[3])).astype(q_BTHK.dtype)
 
     batch, heads, free = (), (), []
@@ -101,17 +117,33 @@ def flash_attend(
     spec, tokens, totals = (to_spec(d) for d in ([batch, (), heads], [batch], [batch, heads]))
     qkv = (spec, spec, spec)
 
+    def walk() -> Any:
+        return jax.tree.map(
+            lambda x: jnp.asarray(x[0, 0]), kernel.walk([placement.whole()], scoring)
+        )
+
+    def run_forward(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> Any:
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        out, log_total = kernel.forward(q, k, v, (s, s), walk(), scoring)
+        return out.swapaxes(1, 2), log_total
+
+    def run_backward(saved: Any, out_grad: jax.Array) -> Any:
+        *qkv, s, out, log_total = saved
+        q, k, v, out, out_grad = (x.swapaxes(1, 2) for x in (*qkv, out, out_grad))
+        dot = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
+        result = {"out_grad": out_grad, "log_total": log_total, "dot": dot}
+        grads = kernel.backward(q, k, v, (s, s), walk(), scoring, **result)
+        return tuple(x.swapaxes(1, 2) for x in grads)
+
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> Any:
-        run = functools.partial(kernel.forward, **scoring)
-        run = by_hand(run, in_specs=(*qkv, tokens), out_specs=(spec, totals))
+        run = by_hand(run_forward, in_specs=(*qkv, tokens), out_specs=(spec, totals))
         with jax.named_scope("flash"):
             made = vary(opaque(run)(q, k, v, s))
         out, log_total = (checkpoint_name(x, SAVED_NAME) for x in made)
         return out, (q, k, v, s, out, log_total)
 
     def backward(saved: Any, out_grad: jax.Array) -> tuple[Any, ...]:
-        run = functools.partial(kernel.backward, **scoring)
-        run = by_hand(run, in_specs=((*qkv, tokens, spec, totals), spec), out_specs=qkv)
+        run = by_hand(run_backward, in_specs=((*qkv, tokens, spec, totals), spec), out_specs=qkv)
         with jax.named_scope("flash"):
             return *vary(opaque(run)(saved, out_grad)), no_gradient(saved[3])
 

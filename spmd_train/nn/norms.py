@@ -22,7 +22,7 @@ class RMSNorm(nnx.Module):
         """Normalizes [..., size]."""
         x32 = x.astype(jnp.float32)
         scale = self.scale[...].astype(jnp.float32)
-        if flat_tokens():
+        if flat_tokens("sequence", "residual_sequence"):
             return jnp.asarray(rms_normalize(x32, scale, self.epsilon), x.dtype)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(variance + self.epsilon)

@@ -8,7 +8,8 @@
 
 Each is a `shard_map` over every axis that shards the attention's arrays, with its own derivative
 rule: the backward pass makes a tile's scores again, so that memory stays linear in the tokens of
-a device, and it can stand inside another `shard_map`.
+a device, and it can stand inside another `shard_map`. What a device computes is done by the
+platform's kernel (`by_kernel`), where it has one that can, else in plain JAX (`blockwise`).
 
 Dims: B batch, T a device's queries, S keys, H query heads, G key heads, K head width.
 """
@@ -23,20 +24,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MESH_AXES
-from spmd_train.parallel import blockwise
 from spmd_train.parallel.blockwise import (
+    Attending,
+    Blocks,
     Gradients,
     Keys,
-    Pairs,
     Result,
-    Running,
-    Scoring,
     Tokens,
+    zero_gradients,
 )
+from spmd_train.parallel.by_kernel import SAVED_NAME, ByKernel, Kernel, Scoring
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
-from spmd_train.parallel.placement import Placement, RingStep, Tiles, stacked
+from spmd_train.parallel.placement import Placement, RingStep, Tiles
 from spmd_train.parallel.rules import (
     axes_of,
     current_layout,
@@ -44,8 +47,9 @@ from spmd_train.parallel.rules import (
     dims_of,
     manual_axes,
     to_spec,
+    vary,
 )
-from spmd_train.parallel.sequence import check_heads, check_sequence
+from spmd_train.parallel.sequence import check_heads, placement_of
 
 QKV = tuple[jax.Array, ...]
 """Arrays that belong to queries, keys and values."""
@@ -59,6 +63,7 @@ def attend_split(
     tokens: Tokens,
     softcap: float,
     window: int,
+    kernel: Kernel | None = None,
 ) -> jax.Array:
     """`nn.attention.attend` for tokens that lie on the devices as the layout places them.
 
@@ -69,6 +74,7 @@ def attend_split(
         tokens: segments and positions, [B, T].
         softcap: of the scores; 0: off.
         window: a key is visible if it is less than so many positions before; 0: off.
+        kernel: that computes it; None: plain JAX does.
 
     Returns:
         [B, T, H, K] in the dtype of `q_BTHK`.
@@ -80,54 +86,62 @@ def attend_split(
     assert layout is not None
     axes = layout.axes("sequence")
     assert not set(axes) & set(manual_axes()), "attend_split takes whole sequences"
-    check_sequence(q_BTHK.shape[1], layout)
+    sizes = kernel.sizes if kernel else ()
+    placement = placement_of(q_BTHK.shape[1], window=window, sizes=sizes)
     check_heads(q_BTHK.shape[2], k_BTGK.shape[2], layout)
-    placement = Placement(
-        name=layout.context.placement,
-        num_devices=layout.size(axes),
-        length=q_BTHK.shape[1],
-        window=window,
-    )
     method = _METHODS[layout.context.method]
 
-    q_dims = dims_of(
-        layout.activation_spec(q_BTHK.shape, ("batch", "sequence", "heads", None)), ndim=4
+    names = ("batch", "sequence", "heads", None), ("batch", "sequence", "kv_heads", None)
+    q_dims, k_dims = (
+        dims_of(layout.activation_spec(x.shape, dims), ndim=4)
+        for x, dims in zip((q_BTHK, k_BTGK), names, strict=True)
     )
-    k_dims = dims_of(
-        layout.activation_spec(k_BTGK.shape, ("batch", "sequence", "kv_heads", None)), ndim=4
-    )
-    # Where a device's query heads do not go with its key heads, heads are left to XLA.
-    heads = q_dims[2] if q_dims[2] == k_dims[2] else ()
+    heads = q_dims[2]
+    if k_dims[2] != heads and kernel:
+        # A device's query heads need key heads that it does not have: each gets its own copy.
+        copies = q_BTHK.shape[2] // k_BTGK.shape[2]
+        k_BTGK, v_BTGK = (jnp.repeat(x, copies, axis=2) for x in (k_BTGK, v_BTGK))
+    elif k_dims[2] != heads:
+        heads = ()  # They are left to XLA.
     kv_copies = max(1, layout.size(axes) // (k_BTGK.shape[2] // layout.size(heads)))
     by_groups = current_platform() == "cpu" and "pipeline" in manual_axes()
-    scoring = Scoring(softcap, window, placement.tile)
-    split = _Split(axes, placement, scoring, kv_copies, by_groups)
+    by: Attending = Blocks(softcap, window, placement.tile)
+    if kernel:
+        by = ByKernel(kernel, Scoring(softcap, window))
+    split = _Split(axes, placement, by, kv_copies, by_groups)
     spec = to_spec([q_dims[0], axes, heads])
     token_spec = to_spec([q_dims[0], axes])
     qkv_specs = (spec, spec, spec)
-    saved_specs = method.saved_specs(q_dims[0], axes, heads)
-    manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
-    by_hand = functools.partial(by_hand_over, layout=layout, axes=manual)
+    entered = method.entered(q_dims[0], axes, heads)
+    # A kernel is a device's own: XLA cannot share it out over the axes that are left to it.
+    taken = set(MESH_AXES) - set(manual_axes()) if kernel else set(axes_of(spec))
+    manual = tuple(a for a in MESH_AXES if a in taken)
+    by_hand = functools.partial(by_hand_over, layout=layout, axes=manual, check=kernel is None)
+    varied = vary if kernel else lambda tree: tree
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, Any]:
-        run = by_hand(
-            functools.partial(method.forward, split),
-            in_specs=(*qkv_specs, token_spec),
-            out_specs=(spec, saved_specs),
-        )
+        qkv: QKV = (q, k, v)
         with jax.named_scope(layout.context.method):
-            out, saved = opaque(run)(q, k, v, tokens)
-        return out, (saved, out, tokens)
+            if method.enter:
+                run = functools.partial(method.enter, split)
+                run = by_hand(run, in_specs=qkv_specs, out_specs=(entered,) * 3)
+                qkv = varied(opaque(run)(*qkv))
+            run = functools.partial(method.forward, split)
+            run = by_hand(run, in_specs=((entered,) * 3, token_spec), out_specs=(spec, entered))
+            out, log_total = varied(opaque(run)(qkv, tokens))
+        if kernel:
+            out, log_total = (checkpoint_name(x, SAVED_NAME) for x in (out, log_total))
+        return out, ((*qkv, log_total), out, tokens)
 
     def backward(residuals: Any, out_grad: jax.Array) -> tuple[Any, ...]:
         saved, out, tokens = residuals
         run = by_hand(
             functools.partial(method.backward, split),
-            in_specs=(saved_specs, token_spec, spec, spec),
+            in_specs=((entered,) * 4, token_spec, spec, spec),
             out_specs=qkv_specs,
         )
         with jax.named_scope(layout.context.method):
-            grads = opaque(run)(saved, tokens, out, out_grad)
+            grads = varied(opaque(run)(saved, tokens, out, out_grad))
         return *grads, jax.tree.map(no_gradient, tokens)
 
     @jax.custom_vjp
@@ -145,7 +159,7 @@ class _Split:
     Attributes:
         axes: mesh axes of the sequence.
         placement: where its tokens are.
-        scoring: how a query weighs a key.
+        by: computes a step.
         kv_copies: ulysses: each key head is sent so often. With fewer key heads than devices, so
             each device has the one that its query heads look at.
         by_groups: the ring sends by all-gathers. XLA's CPU runtime lets every device of the mesh
@@ -155,7 +169,7 @@ class _Split:
 
     axes: tuple[str, ...]
     placement: Placement
-    scoring: Scoring
+    by: Attending
     kv_copies: int
     by_groups: bool
 
@@ -170,23 +184,18 @@ class _Split:
         return jax.lax.ppermute(tree, self.axes, [(i, (i + distance) % c) for i in range(c)])
 
     def go_round(self, step: Callable[..., Any], carry: Any) -> Any:
-        """Runs `step(carry, pairs, ring_step)` for each step of the ring; alike ones in a loop.
+        """Runs `step(carry, walk, ring_step)` for each step of the ring; alike ones in a loop.
 
         A loop also bounds what is in flight: transfers do not wait for compute, and side by side
         they would bring the keys of all devices here at once.
         """
         for ring in self.placement.grouped_ring():
-            pairs, counts = stacked(ring.tiles, self.axes)
+            walk = self.by.walk(ring.tiles, self.axes)
             if len(ring.tiles) == 1:
-                count = counts if isinstance(counts, int) else counts[0]
-                carry = step(carry, (pairs[0], count), ring)
-            elif isinstance(counts, int):
-                carry = jax.lax.scan(
-                    lambda c, p, n=counts, r=ring: (step(c, (p, n), r), None), carry, pairs
-                )[0]
+                carry = step(carry, _only(walk), ring)
             else:
                 carry = jax.lax.scan(
-                    lambda c, xs, r=ring: (step(c, xs, r), None), carry, (pairs, counts)
+                    lambda carry, one, r=ring: (step(carry, one, r), None), carry, walk
                 )[0]
         return carry
 
@@ -201,6 +210,11 @@ class _Split:
     def to_tokens(self, x_BSH: jax.Array) -> jax.Array:
         """`to_heads` undone."""
         return jax.lax.all_to_all(x_BSH, self.axes, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _only(walk: Any) -> Any:
+    """Of a walk over one step."""
+    return jax.tree.map(lambda table: table[0], walk)
 
 
 def _heads_first(
@@ -238,24 +252,23 @@ def _finish_gradients(grads: Gradients, q: jax.Array, k: jax.Array, v: jax.Array
     return q_grad, _swap(grads.k).astype(k.dtype), _swap(grads.v).astype(v.dtype)
 
 
-def _sequence_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> Any:
-    """Of what `ring` and `all_gather` save: q, k, v and log_total [B, T, H]."""
-    return (to_spec([batch, axes, heads]),) * 4
+def _by_tokens(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> P:
+    return to_spec([batch, axes, heads])
 
 
-def _ring_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+def _ring_forward(split: _Split, qkv: QKV, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    q, k, v = qkv
     q_BGRTK, held = _heads_first(q, k, v, tokens)
 
-    def step(carry: tuple[Running, Keys], pairs: Pairs, ring: RingStep) -> tuple[Running, Keys]:
+    def step(carry: tuple[Any, Keys], walk: Any, ring: RingStep) -> tuple[Any, Keys]:
         running, held = carry
         # Sent before it is needed: the compute below, which needs it not, can hide the transfer.
         coming = split.send(held, distance=ring.distance_out)
-        running = blockwise.attend_tiles(running, q_BGRTK, tokens, held, pairs, split.scoring)
-        return running, coming
+        return split.by.attend(running, q_BGRTK, tokens, held, walk), coming
 
-    running, _ = split.go_round(step, (blockwise.begin(q_BGRTK, held), held))
-    out, log_total = blockwise.finish(running)
-    return _ungroup(out, q.dtype), (q, k, v, _ungroup(log_total, jnp.float32))
+    running, _ = split.go_round(step, (split.by.begin(q_BGRTK, held), held))
+    out, log_total = split.by.finish(running)
+    return _ungroup(out, q.dtype), _ungroup(log_total, jnp.float32)
 
 
 def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, out_grad: jax.Array):
@@ -263,15 +276,15 @@ def _ring_backward(split: _Split, saved: Any, tokens: Tokens, out: jax.Array, ou
     q_BGRTK, held = _heads_first(q, k, v, tokens)
     group = functools.partial(_group, num_groups=k.shape[2])
     result = Result(group(out_grad), group(log_total), group(_dot(out, out_grad)))
-    zeros = blockwise.zero_gradients(q_BGRTK, held)
+    zeros = zero_gradients(q_BGRTK, held)
 
-    def step(carry: tuple[Gradients, Keys], pairs: Pairs, ring: RingStep):
+    def step(carry: tuple[Gradients, Keys], walk: Any, ring: RingStep):
         grads, held = carry
         coming = split.send(held, distance=ring.distance_out)
         # The gradients of keys go round with them, and are added to when they are here.
         arriving = split.send(grads[1:], distance=ring.distance_in)
         own = Gradients(grads.q, zeros.k, zeros.v)
-        own = blockwise.gradient_tiles(own, q_BGRTK, tokens, result, held, pairs, split.scoring)
+        own = split.by.gradients(own, q_BGRTK, tokens, result, held, walk)
         return Gradients(own.q, *map(jnp.add, own[1:], arriving)), coming
 
     grads, _ = split.go_round(step, (zeros, held))
@@ -291,15 +304,9 @@ def _here(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention where all keys are at hand: output and log_total [B, T, H]."""
     q_BGRTK, held = _heads_first(q, k, v, keys)
-    running = blockwise.attend_tiles(
-        blockwise.begin(q_BGRTK, held),
-        q_BGRTK,
-        queries,
-        held,
-        tiles.mine(split.axes),
-        split.scoring,
-    )
-    out, log_total = blockwise.finish(running)
+    walk = _only(split.by.walk([tiles], split.axes))
+    running = split.by.attend(split.by.begin(q_BGRTK, held), q_BGRTK, queries, held, walk)
+    out, log_total = split.by.finish(running)
     return _ungroup(out, q.dtype), _ungroup(log_total, jnp.float32)
 
 
@@ -315,21 +322,20 @@ def _here_backward(
 ) -> Gradients:
     """Gradients of `_here`, out of the output's gradient, log_total and `_dot`."""
     q_BGRTK, held = _heads_first(q, k, v, keys)
-    return blockwise.gradient_tiles(
-        blockwise.zero_gradients(q_BGRTK, held),
+    return split.by.gradients(
+        zero_gradients(q_BGRTK, held),
         q_BGRTK,
         queries,
         Result(*(_group(x, k.shape[2]) for x in results)),
         held,
-        tiles.mine(split.axes),
-        split.scoring,
+        _only(split.by.walk([tiles], split.axes)),
     )
 
 
-def _gather_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+def _gather_forward(split: _Split, qkv: QKV, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    q, k, v = qkv
     all_k, all_v, keys = split.gather((k, v, tokens))
-    out, log_total = _here(split, split.placement.gathered(), tokens, keys, q, all_k, all_v)
-    return out, (q, k, v, log_total)
+    return _here(split, split.placement.gathered(), tokens, keys, q, all_k, all_v)
 
 
 def _gather_backward(
@@ -347,17 +353,19 @@ def _gather_backward(
     return _finish_gradients(Gradients(grads.q, k_grad, v_grad), q, k, v)
 
 
-def _heads_specs(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> Any:
-    """Of what `ulysses` saves: q, k, v and log_total [B, S, H]."""
-    return (to_spec([batch, (), (*heads, *axes)]),) * 4
+def _by_heads(batch: tuple[str, ...], axes: tuple[str, ...], heads: tuple[str, ...]) -> P:
+    return to_spec([batch, (), (*heads, *axes)])
 
 
-def _ulysses_forward(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens):
+def _ulysses_enter(split: _Split, q: jax.Array, k: jax.Array, v: jax.Array) -> QKV:
     k, v = (jnp.repeat(x, split.kv_copies, axis=2) for x in (k, v))
-    q, k, v = (split.to_heads(x) for x in (q, k, v))
+    return tuple(split.to_heads(x) for x in (q, k, v))
+
+
+def _ulysses_forward(split: _Split, qkv: QKV, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     everywhere = split.gather(tokens)
-    out, log_total = _here(split, split.placement.whole(), everywhere, everywhere, q, k, v)
-    return split.to_tokens(out), (q, k, v, log_total)
+    out, log_total = _here(split, split.placement.whole(), everywhere, everywhere, *qkv)
+    return split.to_tokens(out), log_total
 
 
 def _ulysses_backward(
@@ -379,18 +387,22 @@ class _Method:
     """A way to attend over a split sequence.
 
     Attributes:
-        forward: `(split, q, k, v, tokens) -> (out, saved)`, on a device's shards.
-        backward: `(split, saved, tokens, out, out_grad) -> (q_grad, k_grad, v_grad)`.
-        saved_specs: of what `forward` saves, out of the mesh axes of batch, sequence and heads.
+        entered: how queries, keys, values (and log_total) then lie: a spec, out of the mesh axes of
+            batch, sequence and heads.
+        forward: `(split, (q, k, v), tokens) -> (out, log_total)`, on a device's shards.
+        backward: `(split, (q, k, v, log_total), tokens, out, out_grad) -> gradients`.
+        enter: `(split, q, k, v) -> (q, k, v)`, what is sent before; a step of its own, so that a
+            backward pass which has kept a kernel's results need not run that again for it.
     """
 
-    forward: Callable[..., Any]
+    entered: Callable[..., P]
+    forward: Callable[[_Split, QKV, Tokens], tuple[jax.Array, jax.Array]]
     backward: Callable[..., QKV]
-    saved_specs: Callable[..., Any]
+    enter: Callable[..., QKV] | None = None
 
 
 _METHODS: Mapping[str, _Method] = {
-    "ring": _Method(_ring_forward, _ring_backward, _sequence_specs),
-    "all_gather": _Method(_gather_forward, _gather_backward, _sequence_specs),
-    "ulysses": _Method(_ulysses_forward, _ulysses_backward, _heads_specs),
+    "ring": _Method(_by_tokens, _ring_forward, _ring_backward),
+    "all_gather": _Method(_by_tokens, _gather_forward, _gather_backward),
+    "ulysses": _Method(_by_heads, _ulysses_forward, _ulysses_backward, _ulysses_enter),
 }

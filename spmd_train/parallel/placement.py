@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,29 +50,21 @@ class Tiles:
         pairs: int32 [C, N, 2], for each device: tile of its queries, tile of the keys it has.
         counts: int32 [C], how many of the N are a device's; the rest is padding.
         size: tokens of a tile.
+        queries: int [C, I], which tile of the sequence each tile of a device's queries is.
+        keys: int [C, J], the same of the keys it has.
     """
 
     pairs: np.ndarray
     counts: np.ndarray
     size: int
-
-    def mine(self, axes: Sequence[str]) -> tuple[jax.Array, jax.Array | int]:
-        """This device's pairs [N, 2] and their number, inside a `shard_map` over `axes`."""
-        pairs, counts = stacked([self], axes)
-        return pairs[0], counts if isinstance(counts, int) else counts[0]
+    queries: np.ndarray
+    keys: np.ndarray
 
 
-def stacked(steps: Sequence[Tiles], axes: Sequence[str]) -> tuple[jax.Array, jax.Array | int]:
-    """This device's pairs of several steps [L, N, 2] and their numbers: [L], or one for all."""
-    longest = max(tiles.pairs.shape[1] for tiles in steps)
-    pairs = np.stack(
-        [np.pad(t.pairs, ((0, 0), (0, longest - t.pairs.shape[1]), (0, 0))) for t in steps], axis=1
-    )
-    counts = np.stack([tiles.counts for tiles in steps], axis=1)
-    here = 0 if (pairs == pairs[:1]).all() else jax.lax.axis_index(tuple(axes))
-    if (counts == counts[0, 0]).all():
-        return jnp.asarray(pairs)[here], int(counts[0, 0])
-    return jnp.asarray(pairs)[here], jnp.asarray(counts)[jax.lax.axis_index(tuple(axes))]
+def mine(table: np.ndarray, axes: Sequence[str]) -> jax.Array:
+    """This device's row of a table [C, ...], inside a `shard_map` over `axes`."""
+    here = 0 if (table == table[:1]).all() else jax.lax.axis_index(tuple(axes))
+    return jnp.asarray(table)[here]
 
 
 class RingStep(NamedTuple):
@@ -98,12 +90,14 @@ class Placement:
         num_devices: C.
         length: tokens of the whole sequence; divides into the blocks.
         window: of sliding-window attention; 0: none.
+        sizes: tokens that a tile may have, the best first; none: any number.
     """
 
     name: str
     num_devices: int
     length: int
     window: int = 0
+    sizes: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> list[tuple[int, ...]]:
@@ -117,8 +111,11 @@ class Placement:
 
     @property
     def tile(self) -> int:
-        """Tokens of a tile: the divisor of a block that is nearest to what we want."""
+        """Tokens of a tile: the first of `sizes` that divides a block, else what is near `TILE`."""
         block = self.block_length
+        for size in self.sizes:
+            if block % size == 0:
+                return size
         wanted = max(TILE, block / MAX_TILES)
         if block <= wanted:
             return block
@@ -170,21 +167,24 @@ class Placement:
         return self._tiles([everything], [everything])
 
     def _tiles(self, queries: Sequence[Sequence[int]], keys: Sequence[Sequence[int]]) -> Tiles:
-        lists = [list(self._pairs(q, k)) for q, k in zip(queries, keys, strict=True)]
+        places, key_places = (np.stack([self._places(b) for b in held]) for held in (queries, keys))
+        lists = [self._pairs(q, k) for q, k in zip(places, key_places, strict=True)]
         counts = np.array([len(pairs) for pairs in lists], np.int32)
         table = np.zeros((len(lists), max(1, counts.max()), 2), np.int32)
         for row, pairs in zip(table, lists, strict=True):
-            row[: len(pairs)] = np.array(pairs).reshape(-1, 2)
-        return Tiles(pairs=table, counts=counts, size=self.tile)
+            row[: len(pairs)] = pairs
+        return Tiles(pairs=table, counts=counts, size=self.tile, queries=places, keys=key_places)
 
-    def _pairs(self, queries: Sequence[int], keys: Sequence[int]) -> Iterator[tuple[int, int]]:
-        tile, per_block = self.tile, self.block_length // self.tile
-        for i, j in np.ndindex(len(queries) * per_block, len(keys) * per_block):
-            q = queries[i // per_block] * per_block + i % per_block
-            k = keys[j // per_block] * per_block + j % per_block
-            nearest = max(0, (q - k - 1) * tile + 1)
-            if k <= q and (not self.window or nearest < self.window):
-                yield i, j
+    def _places(self, blocks: Sequence[int]) -> np.ndarray:
+        """Which tiles of the sequence these blocks are."""
+        per_block = self.block_length // self.tile
+        return np.concatenate([np.arange(b * per_block, (b + 1) * per_block) for b in blocks])
+
+    def _pairs(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Int [N, 2]: the pairs of tiles in which some query sees some key, by queries, by keys."""
+        tiles = queries[:, None] - keys
+        nearest = (tiles - 1) * self.tile + 1
+        return np.argwhere((tiles >= 0) & (nearest < (self.window or math.inf)))
 
     def visible_pairs(self) -> list[int]:
         """Query-key pairs of each device, for a sequence that is one document."""

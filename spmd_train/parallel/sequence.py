@@ -8,7 +8,7 @@ import numpy as np
 
 from spmd_train.config import MESH_AXES, ConfigError
 from spmd_train.parallel.manual import by_hand_over, opaque
-from spmd_train.parallel.placement import blocks_of, blocks_per_device
+from spmd_train.parallel.placement import Placement, blocks_of, blocks_per_device
 from spmd_train.parallel.rules import Layout, LogicalAxes, axes_of, current_layout
 
 
@@ -55,6 +55,25 @@ def place(x: jax.Array, axes: LogicalAxes) -> jax.Array:
 
     manual = tuple(a for a in MESH_AXES if a in axes_of(spec))
     return opaque(by_hand_over(exchange, layout, manual, (spec,), spec))(x)
+
+
+def placement_of(length: int, *, window: int, sizes: tuple[int, ...]) -> Placement:
+    """Where the layout in use has sequences of `length` tokens; of one device where none splits.
+
+    Args:
+        length: of a whole sequence.
+        window: of sliding-window attention; 0: none.
+        sizes: see `Placement`.
+
+    Raises:
+        ConfigError: the sequence does not divide.
+    """
+    layout, split = current_layout(), split_axes()
+    what = {"length": length, "window": window, "sizes": sizes}
+    if layout is None or not split:
+        return Placement(name="contiguous", num_devices=1, **what)
+    check_sequence(length, layout)
+    return Placement(name=layout.context.placement, num_devices=layout.size(split), **what)
 
 
 def sum_before(x_BTE: jax.Array) -> jax.Array:
