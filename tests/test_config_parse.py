@@ -172,14 +172,6 @@ def test_config_parse_refused_value_is_no_contradiction_too():
             },
             "up must be in one of them",
         ),
-        (
-            {"optimizer.offload": "host", "optimizer.name": "adafactor"},
-            "set offload to none, or name to adamw",
-        ),
-        (
-            {"optimizer.offload": "host", "optimizer.name": "sgd", "optimizer.b1": 0.0},
-            "sgd without momentum has no moments",
-        ),
         ({"model.embed_dim": 20}, "must be even"),
         ({"model.rope.scaling": "llama3", "model.rope.low_freq_factor": 4.0}, "must be less than"),
         ({"loss.chunk_tokens": 100}, "chunk_tokens must divide sequence_length"),

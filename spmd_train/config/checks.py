@@ -282,19 +282,6 @@ def _optimizer_conflicts(optimizer: schema.OptimizerConfig) -> Iterator[Conflict
             "decay ends at step decay_steps, which must come after warmup_steps (or be 0: the "
             "run's last step)",
         )
-    if optimizer.offload == "host":
-        offload = {"optimizer.offload": "host", "optimizer.name": optimizer.name}
-        if optimizer.name == "adafactor":
-            yield Conflict(
-                offload,
-                "adafactor's moments span layers, which are updated one at a time; set offload to "
-                "none, or name to adamw, lion, muon or sgd",
-            )
-        elif optimizer.name == "sgd" and not optimizer.b1:
-            yield Conflict(
-                {**offload, "optimizer.b1": 0.0},
-                "sgd without momentum has no moments; set offload to none",
-            )
     exclude = optimizer.weight_decay_exclude
     yield from _pattern_conflicts("optimizer.weight_decay_exclude", exclude, exclude)
 

@@ -539,6 +539,9 @@ class ChipConfig:
     hbm_bandwidth: float = key(0.0, "of the memory, bytes/s", at_least=0)
     ici_bandwidth: float = key(0.0, "sent over ICI or NVLink by a device, bytes/s", at_least=0)
     dcn_bandwidth: float = key(0.0, "sent out of its slice or node, bytes/s", at_least=0)
+    host_bandwidth: float = key(
+        0.0, "from its host's memory, and as much to it, bytes/s", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spmd_train.parallel.rules import leaf_path, mirrored
+from spmd_train.parallel.rules import Layout, LogicalAxes, dims_of, leaf_path, mirrored
 
 _DEVICE, _HOST = jax.memory.Space.Device, jax.memory.Space.Host
 
 
 def with_host_state(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformationExtraArgs,
     *,
     clip: optax.GradientTransformation,
     layer_shards: Mapping[str, int],
@@ -27,15 +27,15 @@ def with_host_state(
     """Streams what mirrors a parameter in the state through the device.
 
     Args:
-        inner: the transformation; each layer of each parameter must be updated by itself.
+        inner: the transformation, which takes `good=`; each layer of each parameter must be updated
+            by itself.
         clip: stateless, before `inner`; sees all gradients at once.
         layer_shards: path of each parameter that stacks layers along its first dim, to the number
             of devices that share that dim out.
 
     Returns:
         A transformation with `inner`'s state. Its update takes that state with the moments in the
-        host's memory (`memory_kind="pinned_host"`) and gives it back there. `good=` is a bool
-        scalar, where false the old state stays, or None.
+        host's memory (`memory_kind="pinned_host"`) and gives it back there.
     """
 
     def update(
@@ -69,14 +69,8 @@ def with_host_state(
                 )
                 for leaves, tree in ((grads, updates), (state_, state), (params_, params))
             ]
-            new_updates, new = inner.update(*trees)
-            new_leaves = jax.tree.leaves(new)
-            if good is not None:
-                new_leaves = [
-                    jnp.where(good, leaf, old)
-                    for leaf, old in zip(new_leaves, jax.tree.leaves(trees[1]), strict=True)
-                ]
-            return jax.tree.leaves(new_updates), new_leaves
+            new_updates, new = inner.update(*trees, good=good)
+            return jax.tree.leaves(new_updates), jax.tree.leaves(new)
 
         grad_leaves, state_leaves, param_leaves = map(jax.tree.leaves, (grads, state, params))
         stacked = [path in layer_shards for path in paths]
@@ -145,6 +139,17 @@ def with_host_state(
         )
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def layer_shards(
+    logical_axes: Mapping[str, LogicalAxes | None], layout: Layout
+) -> dict[str, int]:
+    """Path of each parameter that stacks layers, to the devices that share out that dim."""
+    return {
+        path: layout.size(dims_of(spec, ndim=1)[0])
+        for path, spec in layout.param_specs.items()
+        if (logical_axes.get(path) or ("",))[0] == "layers"
+    }
 
 
 def _space(x: jax.Array) -> Any:

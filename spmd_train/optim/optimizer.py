@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,13 +55,15 @@ def make_optimizer(
         A transformation whose state is a dict: `clip`, `precondition`, `decay`, `schedule`. What
         mirrors a parameter in it has the parameter's path as the tail of its own. Updates are
         float32. Apply them with `optax.apply_updates`. Where `offload` is `host`, the update takes
-        and gives moments in the host's memory, and keeps the old state where `good=` is false.
+        and gives moments in the host's memory. It takes `good=`, a bool scalar, where false the old
+        state stays, or None.
 
     Raises:
         ConfigError: a schedule that cannot be, an invalid regular expression, a state dtype too
-            coarse for the moments, muon without matrices.
+            coarse for the moments, moments that cannot be offloaded, muon without matrices.
     """
     _check_state_dtype(config)
+    _check_offload(config)
     axes = jax.tree_util.tree_map_with_path(
         lambda path, _: logical_axes.get(leaf_path(path)), params
     )
@@ -72,10 +75,24 @@ def make_optimizer(
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config, params))),
         ("schedule", optax.scale_by_learning_rate(make_schedule(config, num_steps=num_steps))),
     )
-    transform = with_state_dtype(chain, dtype=config.state_dtype)
+    transform = _skipping(with_state_dtype(chain, dtype=config.state_dtype))
     if offloaded:
         return with_host_state(transform, clip=clip, layer_shards=layer_shards or {})
-    return optax.with_extra_args_support(transform)
+    return transform
+
+
+def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same; where `good=` is false, the state stays what it was."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, good: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        updates, new = inner.update(updates, state, params)
+        if good is not None:
+            new = jax.tree.map(functools.partial(jnp.where, good), new, state)
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _decay_mask(config: OptimizerConfig, params: Any) -> Any:
@@ -110,6 +127,20 @@ def _check_state_dtype(config: OptimizerConfig) -> None:
                 f"that slowly (it rounds back to itself); with optimizer.state_dtype = 'bfloat16' "
                 f"it must be at most {1 - 2**-8}; or use float32"
             )
+
+
+def _check_offload(config: OptimizerConfig) -> None:
+    if config.offload == "none":
+        return
+    if config.name == "adafactor":
+        raise ConfigError(
+            "optimizer.offload = 'host': adafactor's moments span layers, which are updated one at "
+            "a time; set it to none, or optimizer.name to adamw, lion, muon or sgd"
+        )
+    if config.name == "sgd" and not config.b1:
+        raise ConfigError(
+            "optimizer.offload = 'host': sgd with optimizer.b1 = 0 has no moments; set it to none"
+        )
 
 
 def _adamw(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:

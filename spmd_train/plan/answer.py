@@ -124,6 +124,7 @@ def chip_with(config: PlanConfig, chip: Chip | None, *, dtype: str) -> Chip | No
         hbm_bandwidth=own.hbm_bandwidth or chip.hbm_bandwidth,
         ici_bandwidth=own.ici_bandwidth or chip.ici_bandwidth,
         dcn_bandwidth=own.dcn_bandwidth or chip.dcn_bandwidth,
+        host_bandwidth=own.host_bandwidth or chip.host_bandwidth,
     )
 
 
@@ -149,10 +150,12 @@ def times_of(
     target: Target,
     chip: Chip | None,
     dtype: str,
+    host_bytes: int,
 ) -> tuple[ProgramCost | None, Roofline, NetworkTime | None]:
     """What a compiled step executes, and its times on a chip.
 
     Under a schedule a device takes a slot of the tick loop only where the table gives it a unit.
+    `host_bytes`: as `roofline` has it.
     """
     if step is None:
         return None, roofline(None, network=None, chip=chip, dtype=dtype), None
@@ -169,7 +172,9 @@ def times_of(
         busy=busy_seconds(cost, chip=chip, dtype=dtype),
         branch_share=share,
     )
-    times = roofline(cost, network=network, chip=chip, dtype=dtype, bubble=bubble)
+    times = roofline(
+        cost, network=network, chip=chip, dtype=dtype, bubble=bubble, host_bytes=host_bytes
+    )
     return cost, times, network
 
 
@@ -197,8 +202,15 @@ def make_plan(
     chip = chip_with(config.plan, target.chip, dtype=dtype)
     hbm_bytes, usable_bytes = memory_of(config.plan, target)
     schedule = program.pipeline.schedule if program.pipeline is not None else None
+    state = state_bytes(program.plans)
     cost, times, network = times_of(
-        step, schedule=schedule, mesh=program.mesh, target=target, chip=chip, dtype=dtype
+        step,
+        schedule=schedule,
+        mesh=program.mesh,
+        target=target,
+        chip=chip,
+        dtype=dtype,
+        host_bytes=state.host,
     )
     length = config.data.sequence_length
     tokens = config.train.global_batch_size * length
@@ -217,7 +229,7 @@ def make_plan(
         num_params=num_params(program.plans),
         hbm_bytes=hbm_bytes,
         usable_bytes=usable_bytes,
-        state=state_bytes(program.plans),
+        state=state,
         step=step,
         needed_bytes=step.memory["peak_bytes"] if step else needed_bytes or usable_bytes + 1,
         cost=cost,

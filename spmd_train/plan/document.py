@@ -106,8 +106,7 @@ def format_plan(plan: Plan) -> Iterator[str]:
     yield f"  {gib(state.optimizer):>11}  optimizer state (plan, exact)"
     if state.host:
         yield (
-            f"  {gib(state.host):>11}  moments in the host's memory (plan, exact), each way over "
-            "its bus in a step"
+            f"  {gib(state.host):>11}  moments in the host's memory (plan, exact)"
         )
     if plan.step:
         yield f"  {gib(plan.step.memory['temp_bytes']):>11}  temporaries (compiler), of which"
@@ -159,13 +158,15 @@ def _speed(plan: Plan) -> Iterator[str]:
     parts = {"matmuls": times.compute, "memory": times.hbm, "ICI": times.ici, "DCN": times.dcn}
     if times.bubble:
         parts["pipeline's bubble"] = times.bubble
+    if plan.state.host:
+        parts["moments to the host and back"] = times.host
     told = ", ".join(
         f"{name} {'unknown' if seconds is None else f'{seconds:.3f} s'}"
         for name, seconds in parts.items()
     )
     yield f"roofline per step (model, on data-sheet rates): {told}; bound by {times.bound}"
     if times.step is None or plan.tokens_per_second is None or plan.mfu is None:
-        yield "no step time: a network's rate is not known (set plan.chip.dcn_bandwidth, ...)"
+        yield "no step time: a rate is not known (set plan.chip.dcn_bandwidth, host_bandwidth, ...)"
         return
     yield (
         f"predicted (model, at best): {times.step:.3f} s a step, "

@@ -28,11 +28,12 @@ from spmd_train.config import (
 from spmd_train.optim import (
     apply_updates_stochastically,
     ema_update,
+    layer_shards,
     make_optimizer,
     make_schedule,
 )
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
-from spmd_train.parallel.rules import Layout, LogicalAxes, dims_of, make_rules, use_layout
+from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
 from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients
@@ -150,7 +151,7 @@ def make_program(
         num_steps=train.num_steps,
         params=model.abstract_params,
         logical_axes=model.logical_axes,
-        layer_shards=_layer_shards(model, layout),
+        layer_shards=layer_shards(model.logical_axes, layout),
     )
 
     def start(params: Params, model_state: ModelState) -> TrainState:
@@ -211,16 +212,14 @@ def make_program(
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
             model_state = task.update_model_state(state.model_state, sums)
-            new = TrainState(state.step + 1, params, opt_state, ema, model_state)
-            if good is not None:
-                old = dataclasses.replace(state, step=new.step)
-                if optimizer.offload == "host":  # Of its state the optimizer has kept the old.
-                    new, old = (dataclasses.replace(s, opt_state=None) for s in (new, old))
-                new = jax.tree.map(functools.partial(jnp.where, good), new, old)
-                if optimizer.offload == "host":
-                    new = dataclasses.replace(new, opt_state=opt_state)
+            if good is not None:  # The optimizer has seen to its own state.
+                params, ema, model_state = jax.tree.map(
+                    functools.partial(jnp.where, good),
+                    (params, ema, model_state),
+                    (state.params, state.ema, state.model_state),
+                )
                 metrics["skipped"] = 1 - good.astype(jnp.float32)
-            return new, metrics
+            return TrainState(state.step + 1, params, opt_state, ema, model_state), metrics
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
@@ -267,15 +266,6 @@ def make_program(
         ),
         pipeline=pipe,
     )
-
-
-def _layer_shards(model: FunctionalModel, layout: Layout) -> dict[str, int]:
-    """Path of each parameter that stacks layers, to the devices that share out that dim."""
-    return {
-        path: layout.size(dims_of(spec, ndim=1)[0])
-        for path, spec in layout.param_specs.items()
-        if (model.logical_axes.get(path) or ("",))[0] == "layers"
-    }
 
 
 def _metrics(sums: LossOutput) -> Metrics:
