@@ -1,7 +1,7 @@
 """An optimizer whose moments wait in the host's memory and are updated a layer at a time.
 
 Brought to the device all at once they would be there together: on TPUs old and new ones in buffers
-of their own. A loop over the layers holds one layer's at a time.
+of their own. A loop over the layers holds one layer's at a time (on GPUs: `layer_shards`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spmd_train.parallel.rules import Layout, LogicalAxes, dims_of, leaf_path, mirrored
+from spmd_train.parallel.rules import (
+    Layout,
+    LogicalAxes,
+    current_platform,
+    dims_of,
+    leaf_path,
+    mirrored,
+    use_layout,
+)
 
 _DEVICE, _HOST = jax.memory.Space.Device, jax.memory.Space.Host
 
@@ -30,8 +38,8 @@ def with_host_state(
         inner: the transformation, which takes `good=`; each layer of each parameter must be updated
             by itself.
         clip: stateless, before `inner`; sees all gradients at once.
-        layer_shards: path of each parameter that stacks layers along its first dim, to the number
-            of devices that share that dim out.
+        layer_shards: path of each parameter that stacks layers along its first dim and is taken
+            by them, to the number of devices that share that dim out.
 
     Returns:
         A transformation with `inner`'s state. Its update takes that state with the moments in the
@@ -41,7 +49,7 @@ def with_host_state(
     def update(
         updates: Any, state: Any, params: Any = None, *, good: jax.Array | None = None, **_: Any
     ) -> tuple[Any, Any]:
-        grads, _ = clip.update(updates, optax.EmptyState())
+        grads = clip.update(updates, optax.EmptyState())[0]
         paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         owners = [
             mirrored(leaf_path(path), paths)
@@ -141,10 +149,16 @@ def with_host_state(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def layer_shards(
-    logical_axes: Mapping[str, LogicalAxes | None], layout: Layout
-) -> dict[str, int]:
-    """Path of each parameter that stacks layers, to the devices that share out that dim."""
+def layer_shards(logical_axes: Mapping[str, LogicalAxes | None], layout: Layout) -> dict[str, int]:
+    """Path of each parameter to take by layers, to the devices that share out that dim.
+
+    None on GPUs: their kernels read the host's memory themselves, so a whole parameter's moments
+    take little of the device's, and XLA (jaxlib 0.10.2) refuses the loop, in which it copies from
+    the host to the host.
+    """
+    with use_layout(layout):
+        if current_platform() == "gpu":
+            return {}
     return {
         path: layout.size(dims_of(spec, ndim=1)[0])
         for path, spec in layout.param_specs.items()

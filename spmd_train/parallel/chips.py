@@ -227,10 +227,16 @@ CHIPS: dict[str, Chip] = {
     "a100-pcie-80gb": _gpu(
         ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80, 1935e9, _A100, host=32e9, float8=False
     ),
-    "h100": _gpu(("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER, *_DGX_H100, host=64e9),
+    "h100": _gpu(
+        ("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER, *_DGX_H100, host=64e9
+    ),
     "h100-pcie": _gpu(("NVIDIA H100 PCIe",), 756e12, 378e12, 80, 2000e9, _HOPPER, host=64e9),
-    "h200": _gpu(("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/", *_DGX_H100, host=64e9),
-    "b200": _gpu(("NVIDIA B200",), 2250e12, 1125e12, 180, 8000e9, _NVIDIA + "hgx/", *_DGX_B200, host=None),
+    "h200": _gpu(
+        ("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/", *_DGX_H100, host=64e9
+    ),
+    "b200": _gpu(
+        ("NVIDIA B200",), 2250e12, 1125e12, 180, 8000e9, _NVIDIA + "hgx/", *_DGX_B200, host=None
+    ),
 }
 """Short name, as in a target like `v5e:16x16` or `h100:4x8`, to chip. CPUs have no entry."""
 

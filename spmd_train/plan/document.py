@@ -105,9 +105,7 @@ def format_plan(plan: Plan) -> Iterator[str]:
     yield f"  {gib(state.parameters):>11}  parameters (plan, exact)"
     yield f"  {gib(state.optimizer):>11}  optimizer state (plan, exact)"
     if state.host:
-        yield (
-            f"  {gib(state.host):>11}  moments in the host's memory (plan, exact)"
-        )
+        yield f"  {gib(state.host):>11}  moments in the host's memory (plan, exact)"
     if plan.step:
         yield f"  {gib(plan.step.memory['temp_bytes']):>11}  temporaries (compiler), of which"
         yield (
