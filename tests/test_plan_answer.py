@@ -16,6 +16,7 @@ from spmd_train.parallel.schedules import SCHEDULES
 from spmd_train.plan import search as search_module
 from spmd_train.plan.candidates import Ticks
 from spmd_train.plan.compiled import CompiledStep, DoesNotFitError, compile_step
+from spmd_train.plan.estimate import estimate
 from spmd_train.plan.hlo_cost import program_cost
 from spmd_train.plan.lints import find_lints
 from spmd_train.plan.search import search
@@ -304,6 +305,26 @@ def test_plan_search_tries_pipelines_and_says_what_they_wait_for(monkeypatch):
     assert deep and all("bubble: a stage waits" in row.verdict for row in deep)
     one = Ticks("gpipe", 4, 8, 1)
     assert one.bubble == pytest.approx(3 / 11)  # (P - 1) / (M + P - 1)
+
+
+@pytest.mark.parametrize(("target", "part"), [("h100:1x8", 0.52 / 3), ("cpu:8", 0.0)])
+def test_plan_search_hides_of_the_network_what_that_compiler_does(monkeypatch, target, part):
+    """Parameters gathered take a third of the time over fsdp, gradients summed two."""
+    found = {}
+
+    def note(candidate, *args, **kwargs):
+        answer = estimate(candidate, *args, **kwargs)
+        if candidate.mesh["fsdp"] == 8 and candidate.remat == "none" and not candidate.ticks:
+            found[candidate.accumulation] = answer
+        return answer
+
+    monkeypatch.setattr(search_module, "estimate", note)
+    chip = {"flops": 1e9, "hbm_bandwidth": 1e9, "ici_bandwidth": 1e9, "hbm_bytes": 1}
+    run_search(small(plan={"chip": chip}), target=target)
+    parts = found[1].parts
+    assert parts["ici"] > 0
+    on_chip = max(parts["compute"], parts["hbm"])
+    assert found[1].step == pytest.approx(on_chip + parts["ici"] * (1 - part))
 
 
 def test_plan_of_a_pipeline_counts_its_units_and_its_bubble(answer, tmp_path):

@@ -104,7 +104,7 @@ class Splash:
         if queries // tile * reach > self._MOST_PAIRS:
             return (
                 f"{queries:,} queries and {keys:,} keys on a device have more tiles than a TPU's "
-                "scalar memory; split sequences further (mesh.context), or take ring"
+                "scalar memory; split sequences further (mesh.context), or by ring"
             )
         return _why_no_multiple(placement, self._WIDTH)
 

@@ -27,6 +27,11 @@ from spmd_train.tasks import LayeredTask, make_task
 
 _COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
 
+# Of the layers' parameters and gradients over fsdp, the part that is sent while matmuls run: what
+# the compilers' schedules of Llama-2-7B have (docs/speed.md, Overlap). On CPUs nothing is.
+_TPU_OVERLAP = {"all-gather": 0.85, "all-reduce": 0.67}
+_GPU_OVERLAP = {"all-gather": 0.52}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -56,11 +61,13 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Sent:
+    """Collectives of a step; `by_layer`: of a layer's parameters, while others compute."""
+
     op: str
     axes: tuple[str, ...]
     payload: float
     count: int
-    hidden: bool
+    by_layer: bool = False
 
 
 def plans_on(
@@ -149,6 +156,7 @@ def estimate(
     )
     compute = flops / chip.flops[model.compute_dtype]
     moving = traffic / chip.hbm_bandwidth
+    overlap = {} if shared_cores else _TPU_OVERLAP if chip.ici_links else _GPU_OVERLAP
     wire, ici, dcn, hidden, in_ticks = 0.0, 0.0, 0.0, 0.0, 0.0
     for s in sent:
         span = spans[s.axes]
@@ -159,7 +167,7 @@ def estimate(
         seconds = ((inside or 0.0) + (between or 0.0)) * s.count
         ici += (inside or 0.0) * s.count
         dcn += (between or 0.0) * s.count
-        hidden += seconds if s.hidden else 0.0
+        hidden += seconds * overlap.get(s.op, 0.0) if s.by_layer else 0.0
         in_ticks += seconds if ticks and s.axes == ("tensor",) else 0.0
         sends = 1.0 if s.op == "collective-permute" else (group - 1) / group
         wire += (2 if s.op == "all-reduce" else 1) * s.payload * sends * s.count
@@ -246,25 +254,25 @@ def _sent(
     sent = []
     if mesh.get("fsdp", 1) > 1:
         if ticks and config.pipeline.gather == "step":
-            sent.append(_Sent("all-gather", ("fsdp",), gathered, 1, hidden=False))
-            sent.append(_Sent("reduce-scatter", ("fsdp",), gathered * 4 / width, 1, hidden=False))
+            sent.append(_Sent("all-gather", ("fsdp",), gathered, 1))
+            sent.append(_Sent("reduce-scatter", ("fsdp",), gathered * 4 / width, 1))
         else:
             gathers = (1 if candidate.remat == "none" else 2) + (1 if ticks else 0)
-            sent.append(_Sent("all-gather", ("fsdp",), gathered, gathers * times, hidden=True))
+            sent.append(_Sent("all-gather", ("fsdp",), gathered, gathers * times, by_layer=True))
             # What compilers make of a gradient that ends up sharded: an all-reduce, then a slice.
-            sent.append(_Sent("all-reduce", ("fsdp",), gathered, times, hidden=False))
+            sent.append(_Sent("all-reduce", ("fsdp",), gathered, times, by_layer=True))
     copies = tuple(a for a in ("replica", "data") if mesh.get(a, 1) > 1)
     if copies:
         gradients = state_bytes(plans).gradients
-        sent.append(_Sent("all-reduce", copies, gradients, 1, hidden=False))
+        sent.append(_Sent("all-reduce", copies, gradients, 1))
     activation = micro * model.embed_dim * width
     if mesh.get("tensor", 1) > 1:
         sums = (4 if candidate.remat == "none" else 5) + (2 if ticks else 0)
         count = sums * model.num_layers // mesh.get("pipeline", 1) * times
-        sent.append(_Sent("all-reduce", ("tensor",), activation, count, hidden=False))
+        sent.append(_Sent("all-reduce", ("tensor",), activation, count))
     if ticks:
         sends = 2 * ticks.table.num_ticks * candidate.accumulation
-        sent.append(_Sent("collective-permute", ("pipeline",), activation, sends, hidden=False))
+        sent.append(_Sent("collective-permute", ("pipeline",), activation, sends))
     return sent
 
 
