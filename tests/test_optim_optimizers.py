@@ -277,6 +277,19 @@ def test_optim_decay_follows_the_schedule():
         np.testing.assert_allclose(leaves(got)[path], leaf * 0.95 * 0.975, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("config", "cure"),
+    [
+        ({"name": "adafactor"}, "set it to none, or optimizer.name to adamw"),
+        ({"name": "sgd", "b1": 0.0}, "no moments; set it to none"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_optim_offload_without_moments_to_offload_is_told(config, cure):
+    with pytest.raises(ConfigError, match=rf"optimizer\.offload = 'host': .*{cure}"):
+        build(**config, offload="host")
+
+
 def test_optim_bad_exclude_pattern_is_told():
     with pytest.raises(ConfigError, match="weight_decay_exclude"):
         build(weight_decay_exclude="(")

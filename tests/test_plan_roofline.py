@@ -1,5 +1,7 @@
 """The least time of a step, by hand."""
 
+import dataclasses
+
 import pytest
 
 from spmd_train.parallel.chips import CHIPS
@@ -10,7 +12,7 @@ from spmd_train.plan.roofline import roofline
 H100, A100, V6E = CHIPS["h100"], CHIPS["a100-80gb"], CHIPS["v6e"]
 
 
-def times(*operations, chip, bubble=0.0, ici=0.0, hidden=0.0):
+def times(*operations, chip, bubble=0.0, ici=0.0, hidden=0.0, host_bytes=0):
     network = NetworkTime(ici=ici, dcn=0.0, hidden=hidden)
     cost = ProgramCost(
         operations=tuple(
@@ -29,7 +31,9 @@ def times(*operations, chip, bubble=0.0, ici=0.0, hidden=0.0):
         unknown_loops=0,
         unknown_kernels=(),
     )
-    return roofline(cost, network=network, chip=chip, dtype="bfloat16", bubble=bubble)
+    return roofline(
+        cost, network=network, chip=chip, dtype="bfloat16", bubble=bubble, host_bytes=host_bytes
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,3 +62,14 @@ def test_plan_roofline_of_a_kernel_is_the_longer_of_matmuls_and_memory():
     assert waiting.step == pytest.approx(told.step * 4 / 3)
     sending = times(busy, moving, chip=H100, ici=0.5, hidden=0.375)
     assert sending.step == pytest.approx(told.step + 0.125)
+
+
+def test_plan_roofline_waits_for_moments_to_come_and_to_go():
+    busy = (1, 1e12, 10, "bf16")
+    told, moving = (times(busy, chip=H100, host_bytes=n) for n in (0, 64 * 10**9))
+    assert (told.host, moving.host) == (0.0, 2.0)
+    assert moving.step == pytest.approx(told.step + 2)
+    assert moving.bound == "host"
+    unknown = dataclasses.replace(H100, host_bandwidth=None)
+    assert times(busy, chip=unknown).step == told.step
+    assert times(busy, chip=unknown, host_bytes=1).step is None

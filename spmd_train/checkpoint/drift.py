@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 FREE = re.compile(
     r"(mesh|sharding|pipeline|context|observe|plan|sample|checkpoint)\..*"
     r"|precision"
+    r"|optimizer\.offload"
     r"|model\.(attention|remat(_saved|_offloaded)?|scan_unroll)|moe\.exchange_factor|loss\.chunk_tokens"
     r"|data\.(cache_dir|prefetch|num_threads|eval_.*)"
     r"|train\.(log_every|eval_every|checkpoint_every|log_examples|check_replicas_every"

@@ -18,6 +18,7 @@ _TOLD = {
     "temp_bytes": "temporaries: activations, gradients, buffers of collectives",
     "peak_bytes": "peak: arguments + outputs - aliased + temporaries",
     "generated_code_bytes": "the program itself",
+    "host_argument_bytes": "in the host's memory: moments, where optimizer.offload is host",
     "host_temp_bytes": "in the host's memory: what model.remat_offloaded names",
 }
 

@@ -416,6 +416,13 @@ class OptimizerConfig:
         0.0, "exponential moving average of parameters; 0: off", at_least=0, at_most=0.9999999
     )
     state_dtype: str = key("float32", "dtype in which moments are kept", choices=DTYPES)
+    offload: str = key(
+        "none",
+        "where moments wait between steps: with the parameters (none), or in the host's memory, "
+        "out of which each step takes them a layer at a time (host); adamw, lion, muon, sgd with "
+        "momentum",
+        choices=("none", "host"),
+    )
     stochastic_rounding: bool = key(
         False,
         "parameters kept in bfloat16 are updated in float32 and rounded up or down at random, so "
@@ -532,6 +539,9 @@ class ChipConfig:
     hbm_bandwidth: float = key(0.0, "of the memory, bytes/s", at_least=0)
     ici_bandwidth: float = key(0.0, "sent over ICI or NVLink by a device, bytes/s", at_least=0)
     dcn_bandwidth: float = key(0.0, "sent out of its slice or node, bytes/s", at_least=0)
+    host_bandwidth: float = key(
+        0.0, "from its host's memory, and as much to it, bytes/s", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

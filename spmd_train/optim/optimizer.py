@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import optax
 
 from spmd_train.config import ConfigError, OptimizerConfig
 from spmd_train.optim.muon import scale_by_muon_or_adam
+from spmd_train.optim.offload import with_host_state
 from spmd_train.optim.schedule import make_schedule
 from spmd_train.optim.state_dtype import with_state_dtype
 from spmd_train.parallel.rules import LogicalAxes, leaf_path
@@ -23,7 +25,8 @@ def make_optimizer(
     num_steps: int,
     params: Any,
     logical_axes: Mapping[str, LogicalAxes | None],
-) -> optax.GradientTransformation:
+    layer_shards: Mapping[str, int] | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer.
 
     The chain is: clip the gradient to `clip_norm` (global, over all parameters), precondition it
@@ -46,28 +49,50 @@ def make_optimizer(
         params: nested dicts of arrays or ShapeDtypeStructs; only paths and shapes are used.
         logical_axes: parameter path to logical axes, None where the leaf has none. Stacked layers
             have "layers" among them.
+        layer_shards: for `offload` = host: as `offload.with_host_state` has it.
 
     Returns:
         A transformation whose state is a dict: `clip`, `precondition`, `decay`, `schedule`. What
         mirrors a parameter in it has the parameter's path as the tail of its own. Updates are
-        float32. Apply them with `optax.apply_updates`.
+        float32. Apply them with `optax.apply_updates`. Where `offload` is `host`, the update takes
+        and gives moments in the host's memory. It takes `good=`, a bool scalar, where false the old
+        state stays, or None.
 
     Raises:
         ConfigError: a schedule that cannot be, an invalid regular expression, a state dtype too
-            coarse for the moments, muon without matrices.
+            coarse for the moments, moments that cannot be offloaded, muon without matrices.
     """
     _check_state_dtype(config)
+    _check_offload(config)
     axes = jax.tree_util.tree_map_with_path(
         lambda path, _: logical_axes.get(leaf_path(path)), params
     )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    offloaded = config.offload == "host"
     chain = optax.named_chain(
-        ("clip", clip),
+        ("clip", optax.identity() if offloaded else clip),
         ("precondition", _PRECONDITIONERS[config.name](config, params, axes)),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config, params))),
         ("schedule", optax.scale_by_learning_rate(make_schedule(config, num_steps=num_steps))),
     )
-    return with_state_dtype(chain, dtype=config.state_dtype)
+    transform = _skipping(with_state_dtype(chain, dtype=config.state_dtype))
+    if offloaded:
+        return with_host_state(transform, clip=clip, layer_shards=layer_shards or {})
+    return transform
+
+
+def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same; where `good=` is false, the state stays what it was."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, good: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        updates, new = inner.update(updates, state, params)
+        if good is not None:
+            new = jax.tree.map(functools.partial(jnp.where, good), new, state)
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _decay_mask(config: OptimizerConfig, params: Any) -> Any:
@@ -102,6 +127,20 @@ def _check_state_dtype(config: OptimizerConfig) -> None:
                 f"that slowly (it rounds back to itself); with optimizer.state_dtype = 'bfloat16' "
                 f"it must be at most {1 - 2**-8}; or use float32"
             )
+
+
+def _check_offload(config: OptimizerConfig) -> None:
+    if config.offload == "none":
+        return
+    if config.name == "adafactor":
+        raise ConfigError(
+            "optimizer.offload = 'host': adafactor's moments span layers, which are updated one at "
+            "a time; set it to none, or optimizer.name to adamw, lion, muon or sgd"
+        )
+    if config.name == "sgd" and not config.b1:
+        raise ConfigError(
+            "optimizer.offload = 'host': sgd with optimizer.b1 = 0 has no moments; set it to none"
+        )
 
 
 def _adamw(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:

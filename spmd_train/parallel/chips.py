@@ -40,6 +40,9 @@ class Chip:
             any peer at the whole rate.
         dcn_bandwidth: bytes/s that a device can send out of its slice or node; None: not known.
         network_source: where the network's numbers are from.
+        host_bandwidth: bytes/s from its host's memory, and as many to it at the same time; None:
+            not known. Of GPUs half of what `source` prints for PCIe, of TPUs what
+            https://jax-ml.github.io/scaling-book/tpus says.
     """
 
     device_kinds: tuple[str, ...]
@@ -51,6 +54,7 @@ class Chip:
     ici_links: int = 0
     dcn_bandwidth: float | None = None
     network_source: str = ""
+    host_bandwidth: float | None = None
 
 
 def _tpu(
@@ -63,6 +67,7 @@ def _tpu(
     ici: float,
     links: int,
     dcn: float | None,
+    host: float | None,
     network_source: str = "",
     int8: float | None = None,
     float8: float | None = None,
@@ -79,6 +84,7 @@ def _tpu(
         ici_links=links,
         dcn_bandwidth=dcn,
         network_source=network_source or _TPU + source,
+        host_bandwidth=host,
     )
 
 
@@ -93,6 +99,7 @@ def _gpu(
     dcn: float | None = None,
     network_source: str = "",
     *,
+    host: float | None,
     float8: bool = True,
 ) -> Chip:
     # Data sheets since Ampere print rates with 2:4 sparsity; a dense matmul has half of them.
@@ -107,6 +114,7 @@ def _gpu(
         ici_bandwidth=nvlink,
         dcn_bandwidth=dcn,
         network_source=network_source,
+        host_bandwidth=host,
     )
 
 
@@ -126,6 +134,7 @@ CHIPS: dict[str, Chip] = {
         ici=300e9,
         links=6,
         dcn=None,
+        host=16e9,
         network_source="https://arxiv.org/abs/2304.01433",
         int8=275e12,
     ),
@@ -139,6 +148,7 @@ CHIPS: dict[str, Chip] = {
         ici=200e9,
         links=4,
         dcn=3.125e9,
+        host=15e9,
         int8=393e12,
     ),
     "v5p": _tpu(
@@ -150,6 +160,7 @@ CHIPS: dict[str, Chip] = {
         ici=600e9,
         links=6,
         dcn=6.25e9,
+        host=15e9,
         float8=459e12,
     ),
     # To the data centre a chip has 100 Gb/s: of v6e's and TPU7x's the latter's page tells.
@@ -162,6 +173,7 @@ CHIPS: dict[str, Chip] = {
         ici=400e9,
         links=4,
         dcn=12.5e9,
+        host=32e9,
         network_source=_TPU + "tpu7x",
         int8=1836e12,
         float8=918e12,
@@ -177,6 +189,7 @@ CHIPS: dict[str, Chip] = {
         ici=300e9,
         links=6,
         dcn=6.25e9,
+        host=None,
         float8=2307e12,
     ),
     "t4": Chip(
@@ -186,8 +199,9 @@ CHIPS: dict[str, Chip] = {
         hbm_bytes=16 * 10**9,
         hbm_bandwidth=320e9,
         source=_NVIDIA + "tesla-t4/",
+        host_bandwidth=16e9,
     ),
-    "l4": _gpu(("NVIDIA L4",), 121e12, 60e12, 24, 300e9, _NVIDIA + "l4/"),
+    "l4": _gpu(("NVIDIA L4",), 121e12, 60e12, 24, 300e9, _NVIDIA + "l4/", host=32e9),
     "a100-40gb": _gpu(
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "A100-SXM4-40GB", "A100-PCIE-40GB"),
         312e12,
@@ -196,6 +210,7 @@ CHIPS: dict[str, Chip] = {
         1555e9,
         _AMPERE,
         *_DGX_A100,
+        host=32e9,
         float8=False,
     ),
     "a100-80gb": _gpu(
@@ -206,15 +221,22 @@ CHIPS: dict[str, Chip] = {
         2039e9,
         _A100,
         *_DGX_A100,
+        host=32e9,
         float8=False,
     ),
     "a100-pcie-80gb": _gpu(
-        ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80, 1935e9, _A100, float8=False
+        ("NVIDIA A100 80GB PCIe",), 312e12, 156e12, 80, 1935e9, _A100, host=32e9, float8=False
     ),
-    "h100": _gpu(("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER, *_DGX_H100),
-    "h100-pcie": _gpu(("NVIDIA H100 PCIe",), 756e12, 378e12, 80, 2000e9, _HOPPER),
-    "h200": _gpu(("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/", *_DGX_H100),
-    "b200": _gpu(("NVIDIA B200",), 2250e12, 1125e12, 180, 8000e9, _NVIDIA + "hgx/", *_DGX_B200),
+    "h100": _gpu(
+        ("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 80, 3350e9, _HOPPER, *_DGX_H100, host=64e9
+    ),
+    "h100-pcie": _gpu(("NVIDIA H100 PCIe",), 756e12, 378e12, 80, 2000e9, _HOPPER, host=64e9),
+    "h200": _gpu(
+        ("NVIDIA H200",), 989.4e12, 494.7e12, 141, 4800e9, _NVIDIA + "h200/", *_DGX_H100, host=64e9
+    ),
+    "b200": _gpu(
+        ("NVIDIA B200",), 2250e12, 1125e12, 180, 8000e9, _NVIDIA + "hgx/", *_DGX_B200, host=None
+    ),
 }
 """Short name, as in a target like `v5e:16x16` or `h100:4x8`, to chip. CPUs have no entry."""
 

@@ -14,7 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import ConfigError
-from spmd_train.parallel.rules import LogicalAxes, dims_of, leaf_path, mesh_axes_of, to_spec
+from spmd_train.parallel.rules import (
+    LogicalAxes,
+    dims_of,
+    leaf_path,
+    mesh_axes_of,
+    mirrored,
+    to_spec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,7 @@ class LeafPlan:
         reason: what decided: an override, a rule, the FSDP fallback, its parameter.
         bytes: of the whole array.
         bytes_per_device: of one shard.
+        memory: where a shard waits between steps: `device`, or `host`, next to its device.
     """
 
     path: str
@@ -38,6 +46,7 @@ class LeafPlan:
     reason: str
     bytes: int
     bytes_per_device: int
+    memory: str = "device"
 
 
 def _leaf_plan(path: str, leaf: Any, dims: Sequence[tuple[str, ...]], reason: str, mesh: Mesh):
@@ -162,6 +171,7 @@ def plan_state(
     *,
     rules: Mapping[str, tuple[str, ...]],
     mesh: Mesh,
+    offload: str = "none",
 ) -> dict[str, LeafPlan]:
     """Plans the rest of the train state: whatever mirrors a parameter follows it.
 
@@ -174,6 +184,8 @@ def plan_state(
         param_plans: from `plan_params`.
         rules: logical axis to mesh axes.
         mesh: the mesh.
+        offload: `optimizer.offload`; `host`: what mirrors a parameter in the optimizer's state
+            waits in the host's memory.
 
     Returns:
         Path to plan, in the order of the tree's leaves.
@@ -182,8 +194,8 @@ def plan_state(
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         path = leaf_path(key_path)
         parts = path.split("/")
-        tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        param = next((param_plans[t] for t in tails if t in param_plans), None)
+        owner = mirrored(path, param_plans)
+        param = None if owner is None else param_plans[owner]
         shape = tuple(leaf.shape)
         if param is not None and shape == param.shape:
             dims = dims_of(param.spec, ndim=len(shape))
@@ -196,7 +208,9 @@ def plan_state(
             found = _fsdp_dims(shape, rules, mesh) if shape else None
             dims = found or [()] * len(shape)
             reason = "fsdp on the largest dim" if found else "replicated: small"
-        plans[path] = _leaf_plan(path, leaf, dims, reason, mesh)
+        plan = _leaf_plan(path, leaf, dims, reason, mesh)
+        waits = offload == "host" and parts[0] == "opt_state" and param is not None
+        plans[path] = dataclasses.replace(plan, memory="host") if waits else plan
     return plans
 
 
@@ -211,6 +225,10 @@ def _kept_dims(shape: Sequence[int], of: Sequence[int]) -> list[int] | None:
 
 def shardings_of(tree: Any, plans: Mapping[str, LeafPlan], *, mesh: Mesh) -> Any:
     """The tree of NamedShardings that a plan means."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, plans[leaf_path(path)].spec), tree
-    )
+
+    def one(path: Any, _: Any) -> NamedSharding:
+        plan = plans[leaf_path(path)]
+        sharding = NamedSharding(mesh, plan.spec)
+        return sharding.with_memory_kind("pinned_host") if plan.memory == "host" else sharding
+
+    return jax.tree_util.tree_map_with_path(one, tree)

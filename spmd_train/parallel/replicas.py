@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,18 +43,16 @@ class ReplicaCheck:
             for path, leaf in flat
             if (groups := self._copies(leaf.sharding)).shape[1] > 1
         }
-        specs = [leaf.sharding.spec for path, leaf in flat if leaf_path(path) in self._groups]
-        mesh = self._mesh
-        self._hash = jax.jit(
-            jax.shard_map(
-                lambda leaves: jnp.stack([_fingerprint(leaf) for leaf in leaves])[None],
-                mesh=mesh,
-                in_specs=(specs,),
-                out_specs=PartitionSpec(mesh.axis_names),
-                check_vma=False,
-            ),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-        )
+        shardings = {
+            name: leaf.sharding for path, leaf in flat if (name := leaf_path(path)) in self._groups
+        }
+        held = [name for name, sharding in shardings.items() if sharding.memory_kind == "device"]
+        # What is in the host's memory comes to the device alone: it may not have room for all.
+        self._turns = [
+            (names, self._hash([shardings[name].spec for name in names]))
+            for names in (held, *([name] for name in shardings if name not in held))
+            if names
+        ]
 
     @property
     def needed(self) -> bool:
@@ -75,15 +73,30 @@ class ReplicaCheck:
         if not self.needed:
             return
         flat = jax.tree_util.tree_flatten_with_path(state)[0]
-        leaves = [leaf for path, leaf in flat if leaf_path(path) in self._groups]
-        table_DL = np.asarray(jax.device_get(self._hash(leaves)))
+        leaves = {leaf_path(path): leaf for path, leaf in flat}
         bad: dict[int, list[str]] = collections.defaultdict(list)
-        for hash_D, (name, groups) in zip(table_DL.T, self._groups.items(), strict=True):
-            for group in groups:
-                for device in _outvoted(group, hash_D[group]):
-                    bad[device].append(name)
+        for names, hashes in self._turns:
+            table_DL = np.asarray(jax.device_get(hashes([leaves[name] for name in names])))
+            for name, hash_D in zip(names, table_DL.T, strict=True):
+                for group in self._groups[name]:
+                    for device in _outvoted(group, hash_D[group]):
+                        bad[device].append(name)
         if bad:
             raise CorruptStateError(self._message(step, bad))
+
+    def _hash(self, specs: list[PartitionSpec]) -> Callable[[list[jax.Array]], jax.Array]:
+        """A function from leaves to their hashes on every device: [D, L]."""
+        by_device = jax.shard_map(
+            lambda leaves: jnp.stack([_fingerprint(leaf) for leaf in leaves])[None],
+            mesh=self._mesh,
+            in_specs=(specs,),
+            out_specs=PartitionSpec(self._mesh.axis_names),
+            check_vma=False,
+        )
+        return jax.jit(
+            lambda leaves: by_device(jax.device_put(leaves, jax.memory.Space.Device)),
+            out_shardings=NamedSharding(self._mesh, PartitionSpec()),
+        )
 
     def _copies(self, sharding: NamedSharding) -> np.ndarray:
         """Flat numbers of devices in the mesh: a row for each shard, its copies side by side."""

@@ -324,6 +324,13 @@ def keep_all_but_gathered() -> Callable[..., bool] | None:
     return keep
 
 
+def mirrored(path: str, params: Collection[str]) -> str | None:
+    """The parameter whose path is the tail of a leaf's; None if there is none."""
+    parts = path.split("/")
+    tails = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((tail for tail in tails if tail in params), None)
+
+
 def leaf_path(key_path: Sequence[Any]) -> str:
     """A leaf's path as users write it: `blocks/attention/query/kernel`."""
     keys = [k for k in key_path if not isinstance(k, jax.tree_util.GetAttrKey) or k.name != "value"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ class Plan:
         target: what it was compiled for.
         mesh: mesh axis to size.
         num_devices: devices of the mesh.
+        devices_per_host: that share a host's memory.
         num_params: numbers in the parameters.
         hbm_bytes: a device's memory: the maker's figure, or of `cpu:N` an N-th of this machine's.
         usable_bytes: what of it a program may take, as far as is known.
@@ -73,6 +75,7 @@ class Plan:
     target: Target
     mesh: Mapping[str, int]
     num_devices: int
+    devices_per_host: int
     num_params: int
     hbm_bytes: int
     usable_bytes: int
@@ -97,6 +100,11 @@ class Plan:
         return overlap(self.step.collectives, self.cost) if self.step and self.cost else {}
 
     @property
+    def host_bytes(self) -> int:
+        """What a device has in its host's memory: moments and offloaded temporaries."""
+        return self.state.host + (self.step.memory["host_temp_bytes"] if self.step else 0)
+
+    @property
     def fits(self) -> bool:
         """Whether a device's memory holds it."""
         return self.step is not None and self.needed_bytes <= self.usable_bytes
@@ -116,6 +124,7 @@ def chip_with(config: PlanConfig, chip: Chip | None, *, dtype: str) -> Chip | No
         hbm_bandwidth=own.hbm_bandwidth or chip.hbm_bandwidth,
         ici_bandwidth=own.ici_bandwidth or chip.ici_bandwidth,
         dcn_bandwidth=own.dcn_bandwidth or chip.dcn_bandwidth,
+        host_bandwidth=own.host_bandwidth or chip.host_bandwidth,
     )
 
 
@@ -141,10 +150,12 @@ def times_of(
     target: Target,
     chip: Chip | None,
     dtype: str,
+    host_bytes: int,
 ) -> tuple[ProgramCost | None, Roofline, NetworkTime | None]:
     """What a compiled step executes, and its times on a chip.
 
     Under a schedule a device takes a slot of the tick loop only where the table gives it a unit.
+    `host_bytes`: as `roofline` has it.
     """
     if step is None:
         return None, roofline(None, network=None, chip=chip, dtype=dtype), None
@@ -161,7 +172,9 @@ def times_of(
         busy=busy_seconds(cost, chip=chip, dtype=dtype),
         branch_share=share,
     )
-    times = roofline(cost, network=network, chip=chip, dtype=dtype, bubble=bubble)
+    times = roofline(
+        cost, network=network, chip=chip, dtype=dtype, bubble=bubble, host_bytes=host_bytes
+    )
     return cost, times, network
 
 
@@ -189,8 +202,15 @@ def make_plan(
     chip = chip_with(config.plan, target.chip, dtype=dtype)
     hbm_bytes, usable_bytes = memory_of(config.plan, target)
     schedule = program.pipeline.schedule if program.pipeline is not None else None
+    state = state_bytes(program.plans)
     cost, times, network = times_of(
-        step, schedule=schedule, mesh=program.mesh, target=target, chip=chip, dtype=dtype
+        step,
+        schedule=schedule,
+        mesh=program.mesh,
+        target=target,
+        chip=chip,
+        dtype=dtype,
+        host_bytes=state.host,
     )
     length = config.data.sequence_length
     tokens = config.train.global_batch_size * length
@@ -203,10 +223,13 @@ def make_plan(
         target=target,
         mesh=dict(program.mesh.shape),
         num_devices=num_devices,
+        devices_per_host=max(
+            collections.Counter(d.process_index for d in program.mesh.devices.flat).values()
+        ),
         num_params=num_params(program.plans),
         hbm_bytes=hbm_bytes,
         usable_bytes=usable_bytes,
-        state=state_bytes(program.plans),
+        state=state,
         step=step,
         needed_bytes=step.memory["peak_bytes"] if step else needed_bytes or usable_bytes + 1,
         cost=cost,

@@ -53,6 +53,8 @@ def _details(plan: Plan, summary: Mapping[str, Any] | None) -> dict[str, Any]:
         "num_params": plan.num_params,
         "usable_bytes": plan.usable_bytes,
         "state": dataclasses.asdict(plan.state),
+        "host_argument_bytes": plan.step.memory["host_argument_bytes"] if plan.step else None,
+        "host_bytes_per_host": plan.host_bytes * plan.devices_per_host,
         "host_temp_bytes": plan.step.memory["host_temp_bytes"] if plan.step else None,
         "compiler_peak_bytes": plan.step.memory["compiler_peak_bytes"] if plan.step else None,
         "largest_temporaries": [dataclasses.asdict(array) for array in plan.live[:10]],
@@ -102,6 +104,8 @@ def format_plan(plan: Plan) -> Iterator[str]:
     state = plan.state
     yield f"  {gib(state.parameters):>11}  parameters (plan, exact)"
     yield f"  {gib(state.optimizer):>11}  optimizer state (plan, exact)"
+    if state.host:
+        yield f"  {gib(state.host):>11}  moments in the host's memory (plan, exact)"
     if plan.step:
         yield f"  {gib(plan.step.memory['temp_bytes']):>11}  temporaries (compiler), of which"
         yield (
@@ -109,7 +113,13 @@ def format_plan(plan: Plan) -> Iterator[str]:
             "and buffers"
         )
         if host := plan.step.memory["host_temp_bytes"]:
-            yield f"  {gib(host):>11}  in the host's memory (compiler)"
+            yield f"  {gib(host):>11}  temporaries in the host's memory (compiler)"
+    if plan.host_bytes:
+        yield (
+            f"  in the host's memory: {gib(plan.host_bytes)} for each device, "
+            f"{gib(plan.host_bytes * plan.devices_per_host)} for the "
+            f"{plan.devices_per_host} of a host"
+        )
     if plan.live:
         yield "  largest at the fullest moment (model: lifetimes in the compiled program):"
         for array in plan.live[:6]:
@@ -146,13 +156,15 @@ def _speed(plan: Plan) -> Iterator[str]:
     parts = {"matmuls": times.compute, "memory": times.hbm, "ICI": times.ici, "DCN": times.dcn}
     if times.bubble:
         parts["pipeline's bubble"] = times.bubble
+    if plan.state.host:
+        parts["moments to the host and back"] = times.host
     told = ", ".join(
         f"{name} {'unknown' if seconds is None else f'{seconds:.3f} s'}"
         for name, seconds in parts.items()
     )
     yield f"roofline per step (model, on data-sheet rates): {told}; bound by {times.bound}"
     if times.step is None or plan.tokens_per_second is None or plan.mfu is None:
-        yield "no step time: a network's rate is not known (set plan.chip.dcn_bandwidth, ...)"
+        yield "no step time: a rate is not known (set plan.chip.dcn_bandwidth, host_bandwidth, ...)"
         return
     yield (
         f"predicted (model, at best): {times.step:.3f} s a step, "

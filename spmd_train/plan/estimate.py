@@ -20,6 +20,7 @@ from spmd_train.parallel.rules import make_rules
 from spmd_train.parallel.stages import loads, make_stages
 from spmd_train.plan.candidates import Candidate, Ticks
 from spmd_train.plan.network import Span, seconds_of
+from spmd_train.plan.roofline import host_seconds
 from spmd_train.plan.sizes import StateBytes, state_bytes
 from spmd_train.plan.trace_cost import TraceCost
 from spmd_train.tasks import LayeredTask, make_task
@@ -43,7 +44,7 @@ class Estimate:
         wire_bytes: sent.
         bubble_share: the part of the time in which a pipeline's device waits, 0 to 1: the
             schedule's, and what its head makes the last stage slower than the others.
-        parts: seconds of `compute`, `hbm`, `ici`, `dcn` and `bubble`, each as if alone.
+        parts: seconds of `compute`, `hbm`, `ici`, `dcn`, `bubble` and `host`, each as if alone.
         step: seconds.
         bound: the longest of the parts.
     """
@@ -86,7 +87,13 @@ def plans_on(
         overrides=config.sharding.overrides,
         mesh=shaped,
     )
-    return plan_state(program.abstract_state, params, rules=rules, mesh=shaped)
+    return plan_state(
+        program.abstract_state,
+        params,
+        rules=rules,
+        mesh=shaped,
+        offload=config.optimizer.offload,
+    )
 
 
 def estimate(
@@ -167,7 +174,9 @@ def estimate(
     share = 0.0 if ticks is None or shared_cores else _bubble_share(ticks, config)
     busy = max(compute, moving) + in_ticks
     waits = busy * share / (1 - share)
+    host = host_seconds(state.host, chip=chip) or 0.0
     times = {"compute": compute, "hbm": moving, "ici": ici, "dcn": dcn, "bubble": waits}
+    times["host"] = host
     return Estimate(
         state=state,
         peak_bytes=peak_bytes,
@@ -175,7 +184,7 @@ def estimate(
         wire_bytes=wire,
         bubble_share=share,
         parts=times,
-        step=max(busy + waits, hidden) + ici + dcn - hidden - in_ticks,
+        step=max(busy + waits, hidden) + ici + dcn - hidden - in_ticks + host,
         bound=max(times, key=lambda name: times[name]),
     )
 

@@ -88,6 +88,8 @@ def _roofline(plan: Plan) -> Iterator[str]:
     parts = {"matmuls": times.compute, "memory": times.hbm, "ICI": times.ici, "DCN": times.dcn}
     if times.bubble:
         parts["waits for stages"] = times.bubble
+    if times.host:
+        parts["host's memory"] = times.host
     parts["step"] = times.step
     known = {name: (s, _time(s)) for name, s in parts.items() if s is not None}
     if known:

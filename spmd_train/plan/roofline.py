@@ -30,9 +30,10 @@ class Roofline:
         ici: collectives within slices or nodes.
         dcn: collectives between them.
         bubble: what a pipeline's device waits for others; 0 without stages.
-        step: `on_chip`, `bubble` and what of the collectives nothing hides.
-        bound: `compute`, `hbm`, `ici`, `dcn` or `bubble`: the longest; empty where nothing is
-            known.
+        host: moments out of the host's memory, then back: nothing hides them.
+        step: `on_chip`, `bubble`, `host` and what of the collectives nothing hides.
+        bound: `compute`, `hbm`, `ici`, `dcn`, `bubble` or `host`: the longest; empty where nothing
+            is known.
     """
 
     compute: float | None
@@ -41,6 +42,7 @@ class Roofline:
     ici: float | None
     dcn: float | None
     bubble: float | None
+    host: float | None
     step: float | None
     bound: str
 
@@ -52,6 +54,7 @@ def roofline(
     chip: Chip | None,
     dtype: str,
     bubble: float = 0.0,
+    host_bytes: int = 0,
 ) -> Roofline:
     """Times of a compiled step.
 
@@ -61,11 +64,12 @@ def roofline(
         chip: its rates; None: not known.
         dtype: the compute dtype, for matmuls that the program does not tell the dtype of.
         bubble: the part of the time in which a pipeline's device waits, 0 to 1.
+        host_bytes: moments that a step takes out of the host's memory and puts back.
     """
     peak = chip.flops.get(dtype) if chip else None
     if cost is None or chip is None or peak is None or network is None:
-        unknown = dict.fromkeys(("compute", "hbm", "on_chip", "ici", "dcn", "bubble", "step"))
-        return Roofline(bound="", **unknown)
+        names = ("compute", "hbm", "on_chip", "ici", "dcn", "bubble", "host", "step")
+        return Roofline(bound="", **dict.fromkeys(names))
     compute = hbm = on_chip = 0.0
     for op in cost.operations:
         busy, moving = _seconds(op, chip=chip, peak=peak)
@@ -74,11 +78,12 @@ def roofline(
         on_chip += max(busy, moving) * op.count
     waits = on_chip * bubble / (1 - bubble)
     parts = {"compute": compute, "hbm": hbm, "ici": network.ici, "dcn": network.dcn}
-    parts["bubble"] = waits
+    parts |= {"bubble": waits, "host": host_seconds(host_bytes, chip=chip)}
     known = {name: seconds for name, seconds in parts.items() if seconds is not None}
     step = None
-    if network.ici is not None and network.dcn is not None:
-        step = on_chip + waits + network.ici + network.dcn - network.hidden
+    if len(known) == len(parts):
+        step = on_chip + sum(known[name] for name in ("bubble", "host", "ici", "dcn"))
+        step -= network.hidden
     return Roofline(
         compute=compute,
         hbm=hbm,
@@ -86,9 +91,20 @@ def roofline(
         ici=network.ici,
         dcn=network.dcn,
         bubble=waits,
+        host=parts["host"],
         step=step,
         bound=max(known, key=lambda name: known[name]),
     )
+
+
+def host_seconds(moments: int, *, chip: Chip) -> float | None:
+    """A step's time to take these bytes out of the host's memory and put them back; None: unknown.
+
+    One after the other: a layer's go back before the next one's come.
+    """
+    if not moments:
+        return 0.0
+    return 2 * moments / chip.host_bandwidth if chip.host_bandwidth else None
 
 
 def busy_seconds(cost: ProgramCost, *, chip: Chip, dtype: str) -> dict[str, float]:

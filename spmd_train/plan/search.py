@@ -33,6 +33,7 @@ ASSUMED_CPU = Chip(
     source="assumed",
     ici_bandwidth=1e9,
     dcn_bandwidth=1e9,
+    host_bandwidth=4e9,
 )
 
 
@@ -136,6 +137,7 @@ def _compiled_seconds(plan: Plan, chip: Chip, mesh: Any, *, dtype: str) -> float
         target=plan.target,
         chip=chip,
         dtype=dtype,
+        host_bytes=plan.state.host,
     )
     return times.step
 
@@ -164,6 +166,7 @@ def _parts(plan: Plan) -> dict[str, float] | None:
         "ici": times.ici,
         "dcn": times.dcn,
         "bubble": times.bubble,
+        "host": times.host,
     }
     known = {name: seconds for name, seconds in parts.items() if seconds is not None}
     return known if len(known) == len(parts) else None

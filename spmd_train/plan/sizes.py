@@ -19,11 +19,13 @@ class StateBytes:
     Attributes:
         parameters: the model's.
         optimizer: everything else that a step carries: moments, moving average, counters.
+        host: what of that waits in the host's memory, not in `optimizer`.
         gradients: float32 gradients of all parameters, sharded like them.
     """
 
     parameters: int
     optimizer: int
+    host: int
     gradients: int
 
 
@@ -33,7 +35,8 @@ def state_bytes(plans: Mapping[str, LeafPlan]) -> StateBytes:
     rest = [plan for path, plan in plans.items() if not path.startswith("params/")]
     return StateBytes(
         parameters=sum(plan.bytes_per_device for plan in params),
-        optimizer=sum(plan.bytes_per_device for plan in rest),
+        optimizer=sum(plan.bytes_per_device for plan in rest if plan.memory == "device"),
+        host=sum(plan.bytes_per_device for plan in rest if plan.memory == "host"),
         gradients=sum(
             plan.bytes_per_device * 4 // np.dtype(_numpy(plan.dtype)).itemsize for plan in params
         ),

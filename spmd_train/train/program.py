@@ -28,6 +28,7 @@ from spmd_train.config import (
 from spmd_train.optim import (
     apply_updates_stochastically,
     ema_update,
+    layer_shards,
     make_optimizer,
     make_schedule,
 )
@@ -150,6 +151,7 @@ def make_program(
         num_steps=train.num_steps,
         params=model.abstract_params,
         logical_axes=model.logical_axes,
+        layer_shards=layer_shards(model.logical_axes, layout),
     )
 
     def start(params: Params, model_state: ModelState) -> TrainState:
@@ -190,8 +192,13 @@ def make_program(
                     num_microbatches=num_microbatches,
                     layout=layout,
                 )
+            grad_norm, good = optax.tree.norm(grads), None
+            if train.bad_step == "skip":
+                good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
             with jax.named_scope("optimizer"):
-                updates, opt_state = transform.update(grads, state.opt_state, state.params)
+                updates, opt_state = transform.update(
+                    grads, state.opt_state, state.params, good=good
+                )
                 params: Any = (
                     apply_updates_stochastically(state.params, updates, key=key)
                     if optimizer.stochastic_rounding
@@ -201,17 +208,18 @@ def make_program(
                 if ema is not None:
                     ema = ema_update(ema, params, decay=optimizer.ema_decay, step=state.step)
             metrics = _metrics(sums) | {
-                "grad_norm": optax.tree.norm(grads),
+                "grad_norm": grad_norm,
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
             model_state = task.update_model_state(state.model_state, sums)
-            new = TrainState(state.step + 1, params, opt_state, ema, model_state)
-            if train.bad_step == "skip":
-                good = jnp.isfinite(sums.loss_sum) & jnp.isfinite(metrics["grad_norm"])
-                old = dataclasses.replace(state, step=new.step)
-                new = jax.tree.map(functools.partial(jnp.where, good), new, old)
+            if good is not None:  # The optimizer has seen to its own state.
+                params, ema, model_state = jax.tree.map(
+                    functools.partial(jnp.where, good),
+                    (params, ema, model_state),
+                    (state.params, state.ema, state.model_state),
+                )
                 metrics["skipped"] = 1 - good.astype(jnp.float32)
-            return new, metrics
+            return TrainState(state.step + 1, params, opt_state, ema, model_state), metrics
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         with use_layout(layout):
@@ -221,7 +229,7 @@ def make_program(
             return _metrics(task.loss(model.merge(params), batch, key=None))
 
     abstract = jax.eval_shape(init, 0)
-    plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh)
+    plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh, offload=optimizer.offload)
     shardings = shardings_of(abstract, plans, mesh=mesh)
     abstract_batch = {
         name: jax.ShapeDtypeStruct(
