@@ -21,6 +21,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -201,6 +202,10 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--table", type=pathlib.Path, help="a page whose section is written anew")
     args = parser.parse_args()
+    # Peers have sessions of their own: none ends, and a held one never would, but by this process.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))
     asked = PEERS if args.peers == "all" else args.peers.split(",")
     facts, missing, peers = machine(), {}, []
     for name in dict.fromkeys(["trainer", *asked]):

@@ -215,7 +215,7 @@ class Run:
         """
         try:
             self._process.wait()
-        except KeyboardInterrupt:  # Its session does not get it.
+        except (KeyboardInterrupt, SystemExit):  # Its session does not get the signal.
             self.kill()
             raise
         self.until(self._job.num_steps)

@@ -8,9 +8,8 @@ Each row is one `spmd-train plan` of the same few layers in a process of its own
 
 import argparse
 import pathlib
-import sys
 
-from plan_json import ROOT, markdown_table, plan_json
+from plan_json import ROOT, markdown_table, plan_json, shown
 from sections import write_section
 
 ROWS = [(m, a) for m in ("ring", "all_gather", "ulysses") for a in ("blocks", "flash")]
@@ -35,8 +34,7 @@ def main():
     args = parser.parse_args()
     lines = [HEADS]
     for row in ROWS:
-        lines.append(cells(*row, args))
-        print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
+        lines.append(shown(cells(*row, args)))
     text = (
         f"Written by `python scripts/context_table.py`: {args.layers} layers of `{args.config}` "
         f"with 32,768 words, a sequence of {args.length:,} tokens on the 4 chips of "

@@ -10,9 +10,8 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 
-from plan_json import ROOT, markdown_table, plan_json
+from plan_json import ROOT, markdown_table, plan_json, shown
 from sections import write_section
 
 GIB = 2**30
@@ -112,8 +111,7 @@ def main():
             if told is None:
                 raise SystemExit(f"{point.name}: no plan")
             path.write_text(json.dumps(told))
-        lines.append(cells(point, json.loads(path.read_text())))
-        print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
+        lines.append(shown(cells(point, json.loads(path.read_text()))))
     text = (
         "Written by `python scripts/maxtext_points.py`: each point compiled by libtpu 0.0.42 on a "
         "machine without TPUs, of a device, without the flags of `spmd_train/xla_flags.py`, which "

@@ -8,9 +8,8 @@ plugin (extras plan-tpu and plan-cuda). A minute or two a row.
 
 import argparse
 import pathlib
-import sys
 
-from plan_json import ROOT, markdown_table, plan_json
+from plan_json import ROOT, markdown_table, plan_json, shown
 from sections import write_section
 
 TARGETS = ("v5e:2x4", "h100:1x8")
@@ -34,8 +33,7 @@ def main():
     lines = [HEADS]
     for target in TARGETS:
         for offload in ("none", "host"):
-            lines.append(cells(target, offload))
-            print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
+            lines.append(shown(cells(target, offload)))
     text = (
         f"Written by `python scripts/offload_table.py`: {LAYERS} layers of `llama2_7b.py` (fsdp "
         f"8), a sequence of {LENGTH:,} tokens on each of 8 devices, per device. Bytes (GB: 10^9) "

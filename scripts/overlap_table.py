@@ -9,9 +9,8 @@ GPUs, the extra plan-cuda. Two minutes a row; what is in --out already is not co
 import argparse
 import json
 import pathlib
-import sys
 
-from plan_json import ROOT, markdown_table, plan_json
+from plan_json import ROOT, markdown_table, plan_json, shown
 from sections import write_section
 
 # Config, target, sequences on each device, devices. Four of the layers, which are all alike.
@@ -50,8 +49,7 @@ def main():
                     raise SystemExit(f"{path.name}: no plan")
                 path.write_text(json.dumps(told))
             if path.exists():
-                lines.append(cells(config, batch, flags, json.loads(path.read_text())))
-                print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
+                lines.append(shown(cells(config, batch, flags, json.loads(path.read_text()))))
     text = (
         "Written by `python scripts/overlap_table.py`, on a machine without the hardware: what "
         "the target's own compiler schedules between the start and the done of a collective. Sent "

@@ -35,6 +35,12 @@ def plan_json(config, target, overrides, *, environment=None):
     return json.loads(done.stdout) if done.returncode in (0, 3) else None
 
 
+def shown(row):
+    """The same, for who waits on standard error."""
+    print(*row, sep=" | ", file=sys.stderr, flush=True)
+    return row
+
+
 def markdown_table(lines):
     """Heads and rows of text as Markdown."""
     heads, *rows = lines

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import signal
+import sys
+import threading
 import time
 import xml.etree.ElementTree
 
@@ -145,6 +149,20 @@ def test_bench_math_a_held_peer_stands_still_and_is_not_timed(monkeypatch, tmp_p
     told = [json.loads(line)["time"] for line in metrics.read_text().splitlines()]
     assert run.records[1].seconds == told[0]
     assert told[9] - run.records[10].seconds >= 0.5
+
+
+def test_bench_math_a_bench_that_is_told_to_end_ends_its_peers(monkeypatch, tmp_path):
+    peer = bench_peers.Peer("Other", lambda job: ["-c", "import time; time.sleep(60)"], "json")
+    monkeypatch.setitem(bench_peers.PEERS, "other", peer)
+    run = bench_peers.Run("other", bench_peers.Job(tmp_path, tmp_path / "run", 10, log_every=1))
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        with pytest.raises(SystemExit):
+            run.end()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert run._process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("name", bench_peers.PEERS)

@@ -15,8 +15,8 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 
-# "system" leaves the process with the allocator that it has.
-_CHOICE = "SPMD_TRAIN_ALLOCATOR"
+# "off" leaves the process with the allocator that it has.
+_SWITCH = "SPMD_TRAIN_ALLOCATOR"
 # From this size on, oneTBB keeps what is freed for the next of that size.
 _KEPT_BYTES = 8 << 20
 _LIBRARIES = ("libtbbmalloc.so.2", "libtbbmalloc_proxy.so.2")
@@ -92,7 +92,7 @@ def choose_allocator() -> None:
 
     On Linux alone; an allocator is replaced only where nothing but the CPU computes.
     """
-    if sys.platform != "linux" or os.environ.get(_CHOICE) == "system":
+    if sys.platform != "linux" or os.environ.get(_SWITCH) == "off":
         return
     environ = with_libraries(os.environ, keeping_libraries()) if _computes_on_cpu() else None
     environ = environ or with_huge_pages(os.environ, switch=huge_page_switch(), libc=libc_version())
