@@ -7,9 +7,10 @@ Before anything is timed, all train from the same weights on the same batches, a
 must agree. Then each starts in a process of its own, and once it has done `WARM_STEPS` it is held;
 they go on in turns, `WARM_STEPS` steps each, and the rate is that of these: all that happens in
 them counts (data, logging, a checkpoint of the trainer's), compilation does not. All are in memory
-at once: of M all nine want more than 23 GB, so name some (--peers). Writes bench.json, bench.md and bench.svg below --out. Peers
-are in scripts/peers/, each in a venv that `make bench-peers` makes; one that cannot be imported is
-named in the table.
+at once: of M all nine want more than 23 GB, so name some (--peers).
+
+Writes bench.json, bench.md and bench.svg below --out. Peers are in scripts/peers/, each in a venv
+that `make bench-peers` makes; one that cannot be imported is named in the table.
 """
 
 from __future__ import annotations
