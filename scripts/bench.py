@@ -6,8 +6,8 @@
 Before anything is timed, all train from the same weights on the same batches, and their losses
 must agree. Then each starts in a process of its own, and once it has done `WARM_STEPS` it is held;
 they go on in turns, `WARM_STEPS` steps each, and the rate is that of these: all that happens in
-them counts (data, logging, a checkpoint of the trainer's), compilation does not. All are in memory
-at once: of M all nine want more than 23 GB, so name some (--peers).
+them counts (data, logging, a checkpoint of the trainer's), compilation does not. So many are in
+memory at once as --at_once says; each such group has the trainer, to which it is compared.
 
 Writes bench.json, bench.md and bench.svg below --out. Peers are in scripts/peers/, each in a venv
 that `make bench-peers` makes; one that cannot be imported is named in the table.
@@ -136,46 +136,87 @@ def time_peers(
     folder: pathlib.Path,
     shape: Shape,
     *,
-    rounds: int,
     peers: Iterable[str],
-) -> dict[str, list[dict[str, float]]]:
+) -> dict[str, dict[str, float]]:
     """Runs the peers at once, but one at a time: a few steps each while the others are held.
 
     So what else the machine does, and how fast it is this minute, is the same for all.
 
+    Args:
+        problem: what they train.
+        folder: for their runs.
+        shape: the problem's.
+        peers: the trainer among them.
+
     Returns:
-        Peer to a list, a round an entry: `tokens_per_second` and `cpu_seconds_per_step`.
+        Of each peer `tokens_per_second`, `cpu_seconds_per_step`, and `trainer_over`: the trainer's
+        tokens per second over its.
     """
     last = WARM_STEPS + shape.timed_steps
-    results: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
-    for number in range(rounds):
-        runs: dict[str, Run] = {}
-        try:
-            for peer in results:
-                save_at = WARM_STEPS + shape.timed_steps // 2
-                job = Job(problem, folder / peer, last, WARM_STEPS, save_at)
-                runs[peer] = Run(peer, job)
-                runs[peer].until(WARM_STEPS)
-                runs[peer].hold()
-            for step in range(2 * WARM_STEPS, last + 1, WARM_STEPS):
-                for run in runs.values():
-                    run.go_on()
-                    run.until(step)
-                    run.hold()
-        finally:
+    runs: dict[str, Run] = {}
+    try:
+        for peer in peers:
+            save_at = WARM_STEPS + shape.timed_steps // 2
+            job = Job(problem, folder / peer, last, WARM_STEPS, save_at)
+            runs[peer] = Run(peer, job)
+            runs[peer].until(WARM_STEPS)
+            runs[peer].hold()
+        for step in range(2 * WARM_STEPS, last + 1, WARM_STEPS):
             for run in runs.values():
-                run.kill()
-        for peer, run in runs.items():
-            begin, end = run.records[WARM_STEPS], run.records[last]
-            tokens = shape.timed_steps * shape.batch_size * shape.sequence_length
-            cpu_seconds = end.cpu_seconds - begin.cpu_seconds
-            results[peer].append(
-                {
-                    "tokens_per_second": tokens / (end.seconds - begin.seconds),
-                    "cpu_seconds_per_step": cpu_seconds / shape.timed_steps,
-                }
-            )
-            print(f"round {number + 1}/{rounds} {peer}: {results[peer][-1]}", file=sys.stderr)
+                run.go_on()
+                run.until(step)
+                run.hold()
+    finally:
+        for run in runs.values():
+            run.kill()
+
+    def taken(peer: str) -> tuple[float, float]:
+        begin, end = runs[peer].records[WARM_STEPS], runs[peer].records[last]
+        return end.seconds - begin.seconds, end.cpu_seconds - begin.cpu_seconds
+
+    tokens = shape.timed_steps * shape.batch_size * shape.sequence_length
+    return {
+        peer: {
+            "tokens_per_second": tokens / taken(peer)[0],
+            "cpu_seconds_per_step": taken(peer)[1] / shape.timed_steps,
+            "trainer_over": taken(peer)[0] / taken(bench_report.BASE)[0],
+        }
+        for peer in runs
+    }
+
+
+def time_rounds(
+    problem: pathlib.Path,
+    folder: pathlib.Path,
+    shape: Shape,
+    *,
+    rounds: int,
+    at_once: int,
+    peers: Iterable[str],
+) -> dict[str, list[dict[str, float]]]:
+    """Times the peers in groups that have room in memory, with the trainer in each.
+
+    Args:
+        problem: what they train.
+        folder: for their runs.
+        shape: the problem's.
+        rounds: how often all are timed.
+        at_once: how many are in memory.
+        peers: the trainer among them.
+
+    Returns:
+        Peer to what `time_peers` tells of it, an entry for each time; the trainer's: one for each
+        group and round.
+    """
+    results: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
+    others = [peer for peer in results if peer != bench_report.BASE]
+    num_groups = max(1, -(-len(others) // (at_once - 1)))
+    for number in range(rounds):
+        for group in range(num_groups):
+            together = [bench_report.BASE, *others[group::num_groups]]
+            for peer, told in time_peers(problem, folder, shape, peers=together).items():
+                results[peer].append(told)
+                print(f"round {number + 1}/{rounds} {peer}: {told}", file=sys.stderr)
     return results
 
 
@@ -200,9 +241,12 @@ def main() -> None:
     parser.add_argument("--shapes", default="S,M", help="of " + ", ".join(SHAPES))
     parser.add_argument("--peers", default="all", help="all, or of " + ", ".join(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--at_once", type=int, default=5, help="in memory, of 24 GB; at least 2")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--table", type=pathlib.Path, help="a page whose section is written anew")
     args = parser.parse_args()
+    if args.at_once < 2:
+        parser.error(f"--at_once = {args.at_once}: at least 2, the trainer and another")
     # Peers have sessions of their own: none ends, and a held one never would, but by this process.
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) != signal.SIG_IGN:
@@ -216,14 +260,17 @@ def main() -> None:
         except ImportError as error:
             missing[name] = str(error)
     labels = {name: peer.label for name, peer in PEERS.items()}
-    answer: dict[str, Any] = {"machine": facts, "labels": labels, "missing": missing, "shapes": {}}
+    answer: dict[str, Any] = {"machine": facts, "labels": labels, "missing": missing}
+    answer |= {"num_rounds": args.rounds, "shapes": {}}
     for name in args.shapes.split(","):
         shape, folder = SHAPES[name], args.out.resolve() / name
         shutil.rmtree(folder, ignore_errors=True)
         problem = folder / "problem"
         make_problem(problem, shape, num_steps=WARM_STEPS + shape.timed_steps)
         difference = check_losses(problem, folder, num_steps=5, peers=peers)
-        rounds = time_peers(problem, folder, shape, rounds=args.rounds, peers=peers)
+        rounds = time_rounds(
+            problem, folder, shape, rounds=args.rounds, at_once=args.at_once, peers=peers
+        )
         answer["shapes"][name] = {
             "peers": bench_report.summarize(rounds),
             "rounds": rounds,

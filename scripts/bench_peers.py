@@ -56,10 +56,10 @@ class Peer:
         return VENVS / self.venv / "bin" / "python" if self.venv else pathlib.Path(sys.executable)
 
 
-def _trainer(*flags: str) -> Callable[[Job], list[str]]:
+def _trainer(*flags: str, launcher: Iterable[str] = ()) -> Callable[[Job], list[str]]:
     return lambda job: [
-        *("-m", "spmd_train", "train", f"--config={job.problem / 'config.json'}", *flags),
-        *(f"--workdir={job.workdir}", f"--config.train.num_steps={job.num_steps}"),
+        *("-m", "spmd_train", *launcher, "train", f"--config={job.problem / 'config.json'}"),
+        *(*flags, f"--workdir={job.workdir}", f"--config.train.num_steps={job.num_steps}"),
         f"--config.train.log_every={job.log_every}",
         f"--config.train.checkpoint_every={job.checkpoint_every}",
     ]
@@ -92,6 +92,12 @@ PEERS = {
         "spmd-train, 2 devices", _trainer("--simulate_devices=2"), "jax", environment=_JAX
     ),
     "trainer_one": Peer("spmd-train, 1 device", _trainer(), "jax", environment=_JAX),
+    "trainer_processes": Peer(
+        "spmd-train, 2 processes",
+        _trainer(launcher=("launch", "--num_processes=2", "--hang_seconds=0", "--")),
+        "jax",
+        environment=_JAX | {"SPMD_TRAIN_HEARTBEAT_SECONDS": "3600"},  # It is held meanwhile.
+    ),
     "bare_jax": Peer(
         "bare JAX", _script("bare_jax.py"), "jax", environment=_JAX | {"XLA_FLAGS": _XLA_FLAGS}
     ),

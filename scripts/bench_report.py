@@ -17,23 +17,17 @@ def summarize(rounds: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Medians and spreads of one shape.
 
     Args:
-        rounds: peer to a list, a round an entry: `tokens_per_second`, `cpu_seconds_per_step`.
+        rounds: peer to a list, a time that it ran an entry: figures by name.
 
     Returns:
-        Of each peer: those two, and `trainer_over`, the trainer's tokens/s over this peer's within
-        each round.
+        Of each peer and figure: median, min, max.
     """
 
     def spread(values: list[float]) -> dict[str, float]:
         return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
-    def ratios(theirs: list[dict[str, float]]) -> list[float]:
-        pairs = zip(rounds[BASE], theirs, strict=True)
-        return [ours["tokens_per_second"] / them["tokens_per_second"] for ours, them in pairs]
-
     return {
         peer: {name: spread([r[name] for r in of_peer]) for name in of_peer[0]}
-        | {"trainer_over": spread(ratios(of_peer))}
         for peer, of_peer in rounds.items()
     }
 
@@ -66,12 +60,11 @@ def markdown(answer: Mapping[str, Any]) -> str:
         lines.append(f"| {labels[peer]} | not run: {why} |" + " |" * (len(head) - 2))
     differences = ", ".join(f"{s['loss_difference']:.1e} ({n})" for n, s in shapes.items())
     told = ", ".join(f"{name} {value}" for name, value in answer["machine"].items())
-    counts = ", ".join(f"{len(s['rounds'][BASE])} rounds of {n}" for n, s in shapes.items())
     return "\n".join(
         [
             *lines,
             "",
-            f"Median (lowest to highest) of {counts}. "
+            f"Median (lowest to highest); rounds: {answer['num_rounds']}. "
             f"Largest relative difference of a loss: {differences}. {told}.",
             "",
         ]

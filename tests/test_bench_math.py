@@ -196,21 +196,54 @@ def test_bench_math_plain_params_keep_every_number(problem):
         np.testing.assert_allclose(x_D @ layer["query"], q_HK.ravel(), rtol=1e-5, atol=1e-6)
 
 
-def test_bench_math_ratios_pair_the_rounds():
-    def rounds(*rates):
-        return [{"tokens_per_second": r, "cpu_seconds_per_step": 100 / r} for r in rates]
+def test_bench_math_a_peer_is_compared_to_the_trainer_of_its_own_group(monkeypatch, tmp_path):
+    def peer(label, module, seconds):
+        script = tmp_path / f"{module}.py"
+        script.write_text(
+            "import json, os, pathlib, sys, time\n"
+            "folder = pathlib.Path(sys.argv[1])\n"
+            "folder.mkdir()\n"
+            "counter = pathlib.Path(sys.argv[0]).with_suffix('.count')\n"
+            "starts = int(counter.read_text()) + 1 if counter.exists() else 1\n"
+            "counter.write_text(str(starts))\n"
+            f"lines = [{{'step': step, 'loss': 1, 'time': 1e6 * {seconds} * step}}\n"
+            "         for step in range(1, 11)]\n"
+            "(folder / 'metrics.jsonl').write_text(''.join(json.dumps(x) + '\\n' for x in lines))\n"
+            "time.sleep(600)\n"
+        )
+        return bench_peers.Peer(label, lambda job: [str(script), str(job.workdir)], module)
+
+    # The trainer takes 1 million seconds a step at its first start, 2 at its second.
+    peers = {
+        "trainer": peer("Trainer", "trainer", "starts"),
+        "a": peer("A", "a", 2),
+        "b": peer("B", "b", 2),
+    }
+    monkeypatch.setattr(bench_peers, "PEERS", peers)
+    shape = SHAPE._replace(timed_steps=5)
+    told = bench.time_rounds(tmp_path, tmp_path, shape, rounds=1, at_once=2, peers=list(peers))
+    assert [len(told[name]) for name in peers] == [2, 1, 1]
+    assert told["a"][0]["trainer_over"] == pytest.approx(2, rel=1e-3)
+    assert told["b"][0]["trainer_over"] == pytest.approx(1, rel=1e-3)
+    # Tokens of a step, over its seconds.
+    rates = [entry["tokens_per_second"] for entry in told["trainer"]]
+    tokens = SHAPE.batch_size * SHAPE.sequence_length
+    assert rates == pytest.approx([tokens / 1e6, tokens / 2e6], rel=1e-3)
+
+
+def test_bench_math_the_table_has_ratios_first_and_what_did_not_run():
+    def rounds(trainer_over, *rates):
+        return [{"tokens_per_second": rate, "trainer_over": trainer_over} for rate in rates]
 
     # The machine got slower and slower: within each round the trainer was the faster by a tenth.
-    results = {"trainer": rounds(110, 55, 22), "bare_jax": rounds(100, 50, 20)}
+    results = {"trainer": rounds(1.0, 110, 55, 22), "bare_jax": rounds(1.1, 100, 50, 20)}
     summary = bench_report.summarize(results)
-    assert summary["bare_jax"]["trainer_over"] == pytest.approx(
-        {"median": 1.1, "min": 1.1, "max": 1.1}
-    )
-    assert summary["trainer"]["tokens_per_second"]["median"] == 55
+    assert summary["trainer"]["tokens_per_second"] == {"median": 55, "min": 22, "max": 110}
     answer = {
         "machine": {"cpu": "x"},
         "labels": {name: peer.label for name, peer in bench_peers.PEERS.items()},
         "missing": {"horovod": "does not build"},
+        "num_rounds": 3,
         "shapes": {"S": {"peers": summary, "rounds": results, "loss_difference": 1e-7}},
     }
     rows = bench_report.markdown(answer).splitlines()
