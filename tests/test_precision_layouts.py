@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import (
+    CAPACITY,
     DROPLESS,
     MODEL,
     by_path,
@@ -16,7 +17,7 @@ from helpers import (
     run_steps,
 )
 
-from spmd_train.config import OptimizerConfig, PipelineConfig, ScheduleConfig
+from spmd_train.config import MoEConfig, OptimizerConfig, PipelineConfig, ScheduleConfig
 from spmd_train.inspect.collectives import count_collectives
 
 BATCH = random_batch("ragged")
@@ -47,12 +48,17 @@ def gradients(sizes, **changes):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return functools.cache(lambda name: gradients({}, model=of(name)))
+    return functools.cache(lambda name, moe: gradients({}, model=of(name), moe=moe))
 
 
 CASES = {
     "int8-data4-x2": ("int8", {"data": 4}, {"grad_accumulation": 2}),
     "int8-fsdp2-tensor2-remat": ("int8", {"fsdp": 2, "tensor": 2}, {"remat": "projections"}),
+    "int8-dropless-expert2-tensor2": (
+        "int8",
+        {"expert": 2, "tensor": 2},
+        {"moe": DROPLESS},
+    ),
     "int8-zero_bubble2": (
         "int8",
         {"pipeline": 2},
@@ -60,6 +66,7 @@ CASES = {
     ),
 }
 SLOW_CASES = {
+    "fp8-capacity-expert2-tensor2": ("fp8", {"expert": 2, "tensor": 2}, {"moe": CAPACITY}),
     "int8-context2-remat": ("int8", {"context": 2, "data": 2}, {"remat": "dots"}),
     "fp8-fsdp2-tensor2": ("fp8", {"fsdp": 2, "tensor": 2}, {}),
     "int8-pipeline2-tensor2": (
@@ -89,21 +96,22 @@ def test_precision_gradients_on_more_meshes_are_those_of_one_device(case, one_de
 def check_gradients(name, sizes, changes, one_device):
     changes = dict(changes)
     model = dataclasses.replace(of(name), remat=changes.pop("remat", "none"))
-    (loss, grads), (exact_loss, exact) = one_device(name), one_device("none")
-    got_loss, got = gradients(sizes, model=model, **changes)
+    moe = changes.pop("moe", MoEConfig())
+    (loss, grads), (exact_loss, exact) = one_device(name, moe), one_device("none", moe)
+    got_loss, got = gradients(sizes, model=model, moe=moe, **changes)
     size = np.linalg.norm(exact)
     assert np.linalg.norm(got - grads) < TOLERANCE * size
     assert np.linalg.norm(grads - exact) > 6 * TOLERANCE * size
     assert abs(got_loss - loss) < 1e-4 < abs(loss - exact_loss)
 
 
-def test_precision_leaves_routed_experts_as_they_are():
-    """Their matmuls are ragged and stay in the compute dtype; attention's do not."""
+def test_precision_multiplies_by_routed_experts_in_eight_bits():
+    """Gate, up and down: of the first exchange and, in a loop, of the others, which run twice."""
     moe = dataclasses.replace(DROPLESS, num_shared_experts=1)
     traced = program_of({"expert": 2}, model=of("int8"), moe=moe)
     lines = traced.lower_train_step().as_text().splitlines()
-    assert sum("dot_general" in line and "xi8>" in line for line in lines) == 14
-    assert not any("ragged" in line and "xi8>" in line for line in lines)
+    dots = sum("dot_general" in line and "xi8>" in line for line in lines)
+    assert dots == 14 + 3 * (1 + 1) + 3 * (1 + 2)
 
 
 def collectives(name):

@@ -10,7 +10,7 @@ import pytest
 from helpers import LENGTH, MODEL, TRAIN, program_of
 
 from spmd_train.config import ConfigError
-from spmd_train.nn.projection import project
+from spmd_train.nn.projection import project, project_by_experts
 from spmd_train.nn.quantization import dots_of
 from spmd_train.plan.hlo_cost import program_cost
 
@@ -47,6 +47,34 @@ def test_precision_projection_errs_as_its_format_must(name, dtype):
     y, dx, dkernel = run(x, kernel, "none")
     got = jax.jit(run, static_argnums=2)(x, kernel, name)
     assert [a.dtype for a in got] == [dtype] * 3
+    assert relative_error(got[0], y) == pytest.approx(OUTPUT_ERROR[name], rel=0.25)
+    assert relative_error(got[1], dx) == pytest.approx(GRADIENT_ERROR[name], rel=0.25)
+    assert relative_error(got[2], dkernel) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [None, (3, 0, 11, 5)], ids=["capacity", "dropless"])
+@pytest.mark.parametrize("name", OUTPUT_ERROR)
+def test_precision_experts_err_as_their_format_must(name, sizes):
+    shape = (4, 16) if sizes is None else (24,)  # 5 of its rows are no one's.
+    x, kernel, g = (
+        normal(0, (*shape, 64), jnp.bfloat16),
+        normal(1, (4, 64, 48), jnp.bfloat16),
+        normal(2, (*shape, 48), jnp.bfloat16),
+    )
+    g = g if sizes is None else g.at[sum(sizes) :].set(0)
+    num_rows = None if sizes is None else sum(sizes)
+    sizes = None if sizes is None else jnp.array(sizes, jnp.int32)
+
+    def run(x, kernel, quantization):
+        def multiply(x, kernel):
+            return project_by_experts(x, kernel, sizes, quantization=quantization)
+
+        y, pull = jax.vjp(multiply, x, kernel)
+        return y[:num_rows], *(a[:num_rows] for a in pull(g))
+
+    y, dx, dkernel = run(x, kernel, "none")
+    got = jax.jit(run, static_argnums=2)(x, kernel, name)
+    assert [a.dtype for a in got] == [jnp.bfloat16] * 3
     assert relative_error(got[0], y) == pytest.approx(OUTPUT_ERROR[name], rel=0.25)
     assert relative_error(got[1], dx) == pytest.approx(GRADIENT_ERROR[name], rel=0.25)
     assert relative_error(got[2], dkernel) < 1e-5

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MESH_AXES, MoEConfig
 from spmd_train.nn.activations import swiglu
-from spmd_train.nn.projection import grouped_project
+from spmd_train.nn.projection import project_by_experts
 from spmd_train.nn.routing import Routing, expert_capacity
 from spmd_train.parallel.manual import (
     add_up_parts,
@@ -111,6 +111,8 @@ class _Exchange:
         num_experts: E.
         num_devices: X.
         axes: mesh axes of the experts.
+        mlp_axes: mesh axes over which F is split.
+        quantization: `model.quantization`.
         num_bins: X (dropless) or E (capacity): what choices are sent to.
         size: S, rows sent to each bin in one round.
         one_round: whether that is enough whatever the load.
@@ -119,6 +121,8 @@ class _Exchange:
     num_experts: int
     num_devices: int
     axes: tuple[str, ...]
+    mlp_axes: tuple[str, ...]
+    quantization: str
     num_bins: int
     size: int
     one_round: bool
@@ -174,7 +178,7 @@ class _Exchange:
         x, g, s = self.num_devices, self.num_experts // self.num_devices, self.size
         rows_XGSD = self._all_to_all(rows_RD.reshape(x, g, s, -1))
         rows_GRD = jnp.moveaxis(rows_XGSD, 0, 1).reshape(g, x * s, -1)
-        out_GRD = _mlp(rows_GRD, kernels, functools.partial(jnp.einsum, "gri,gio->gro"))
+        out_GRD = self._mlp(rows_GRD, kernels)
         out_XGSD = jnp.moveaxis(out_GRD.reshape(g, x, s, -1), 1, 0)
         return self._all_to_all(out_XGSD).reshape(rows_RD.shape)
 
@@ -182,8 +186,7 @@ class _Exchange:
         """Dropless: rows of any number for each expert."""
         x, g = self.num_devices, self.num_experts // self.num_devices
         if x == 1:  # They are in order.
-            sizes = _sizes(expert_R, g)
-            return _mlp(rows_RD, kernels, lambda a, kernel: grouped_project(a, kernel, sizes))
+            return self._mlp(rows_RD, kernels, _sizes(expert_R, g))
         # Counted from the first of the device that gets them; G: no row.
         local = jnp.where(expert_R < self.num_experts, expert_R % g, g)
         local = self._all_to_all(local.reshape(x, -1)).reshape(-1)
@@ -191,9 +194,21 @@ class _Exchange:
         order = jnp.argsort(local, stable=True)
         back, sizes = jnp.argsort(order), _sizes(local, g)
         rows = gather_rows(rows, order, back[:, None])
-        out = _mlp(rows, kernels, lambda a, kernel: grouped_project(a, kernel, sizes))
+        out = self._mlp(rows, kernels, sizes)
         out = gather_rows(out, back, order[:, None])
         return self._all_to_all(out.reshape(x, -1, rows_RD.shape[1])).reshape(rows_RD.shape)
+
+    def _mlp(self, rows: jax.Array, kernels: Kernels, sizes: jax.Array | None = None) -> jax.Array:
+        """SwiGLU or GELU, as `nn.mlp.MLP`; of F, this device's part of the sum."""
+        project = functools.partial(
+            project_by_experts, sizes_E=sizes, quantization=self.quantization
+        )
+        up = project(rows, kernels["up"], out_axes=self.mlp_axes)
+        if "gate" in kernels:
+            hidden = swiglu(project(rows, kernels["gate"], out_axes=self.mlp_axes), up)
+        else:
+            hidden = jax.nn.gelu(up, approximate=True)
+        return project(hidden, kernels["down"], in_axes=self.mlp_axes)
 
 
 @jax.tree_util.register_static
@@ -228,18 +243,8 @@ def _sizes(expert_R: jax.Array, num_experts: int) -> jax.Array:
     return jnp.sum(of_each, axis=0, dtype=jnp.int32)
 
 
-def _mlp(rows: jax.Array, kernels: Kernels, multiply: Any) -> jax.Array:
-    """SwiGLU or GELU, as `nn.mlp.MLP`."""
-    up = multiply(rows, kernels["up"])
-    if "gate" in kernels:
-        hidden = swiglu(multiply(rows, kernels["gate"]), up)
-    else:
-        hidden = jax.nn.gelu(up, approximate=True)
-    return multiply(hidden, kernels["down"])
-
-
 def _exchange(
-    config: MoEConfig, *, num_rows: int, length: int, part: int, axes: tuple[str, ...], devices: int
+    config: MoEConfig, *, num_rows: int, length: int, part: int, devices: int, **how: Any
 ) -> _Exchange:
     """How `num_rows` sequences of `length` tokens travel, of which a device has `part` tokens."""
     if config.dispatch == "capacity":
@@ -252,15 +257,20 @@ def _exchange(
     return _Exchange(
         num_experts=config.num_experts,
         num_devices=devices,
-        axes=axes,
         num_bins=bins,
         size=size,
         one_round=config.dispatch == "capacity" or devices == 1,
+        **how,
     )
 
 
 def run_experts(
-    x_BTD: jax.Array, routing: Routing, kernels: Kernels, *, config: MoEConfig
+    x_BTD: jax.Array,
+    routing: Routing,
+    kernels: Kernels,
+    *,
+    config: MoEConfig,
+    quantization: str = "none",
 ) -> jax.Array:
     """The weighted sum of the outputs of each token's experts.
 
@@ -274,6 +284,7 @@ def run_experts(
         routing: of each token.
         kernels: gathered over the batch's mesh axes, but for those of the logical axis `expert`.
         config: moe's.
+        quantization: `model.quantization`.
 
     Returns:
         [B, T, D] in the dtype of `x_BTD`; zero where no expert took the token.
@@ -301,8 +312,10 @@ def run_experts(
         num_rows=x_BTD.shape[0] // size(token_dims[0]),
         length=length,
         part=length // size(token_dims[1]),
-        axes=expert_axes,
         devices=size(expert_axes),
+        axes=expert_axes,
+        mlp_axes=mlp_axes,
+        quantization=quantization,
     )
 
     def sort_choices(experts_BTK: jax.Array) -> tuple[jax.Array, _Sorted]:

@@ -57,6 +57,7 @@ class MoE(nnx.Module):
     ) -> None:
         """Makes router and experts; `out_scale` initializes what writes the residual."""
         self.config = moe
+        self.quantization = config.quantization
         self.router = Kernel(
             (config.embed_dim, moe.num_experts),
             ("embed", None),
@@ -94,7 +95,9 @@ class MoE(nnx.Module):
             )
         with jax.named_scope("experts"):
             kernels = self.experts.kernels(x_BTD.dtype)
-            y_BTD = run_experts(x_BTD, routing, kernels, config=self.config)
+            y_BTD = run_experts(
+                x_BTD, routing, kernels, config=self.config, quantization=self.quantization
+            )
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD += self.shared(x_BTD)

@@ -11,7 +11,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.nn.cpu import flat_tokens
 from spmd_train.nn.params import Initializer, param, zeros
-from spmd_train.nn.quantization import dots_of
+from spmd_train.nn.quantization import Dot, dots_of
+from spmd_train.parallel.manual import no_gradient
 from spmd_train.parallel.rules import LogicalAxes, vary
 
 SAVED_NAME = "projection"
@@ -55,8 +56,8 @@ def project(
 
 
 def _output(x: jax.Array, kernel: jax.Array, n: int, quantization: str) -> jax.Array:
-    dims = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
-    return dots_of(quantization).output(x, kernel, dims)
+    contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+    return dots_of(quantization).output(x, kernel, (contracted, ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -76,12 +77,11 @@ def _project_bwd(
     if flat:
         kernel_2d = kernel.reshape(math.prod(kernel.shape[:n]), -1)
         x_2d, g_2d = x.reshape(-1, kernel_2d.shape[0]), g.reshape(-1, kernel_2d.shape[1])
-        dx = input_gradient(g_2d, kernel_2d, ((1,), (1,)))
+        dx = input_gradient(g_2d, kernel_2d, (((1,), (1,)), ((), ())))
         return dx.reshape(x.shape), (x_2d.T @ g_2d).reshape(kernel.shape)
     num_tokens, num_out = x.ndim - n, kernel.ndim - n
-    dx = input_gradient(
-        g, kernel, (tuple(range(g.ndim - num_out, g.ndim)), tuple(range(n, kernel.ndim)))
-    )
+    contracted = tuple(range(g.ndim - num_out, g.ndim)), tuple(range(n, kernel.ndim))
+    dx = input_gradient(g, kernel, (contracted, ((), ())))
     tokens = tuple(range(num_tokens))
     return dx, jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
 
@@ -89,18 +89,84 @@ def _project_bwd(
 _project.defvjp(_project_fwd, _project_bwd)
 
 
-def grouped_project(x_RD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Each group of rows times the kernel of its expert; called with one device's rows at a time.
+def project_by_experts(
+    x: jax.Array,
+    kernel_EDF: jax.Array,
+    sizes_E: jax.Array | None = None,
+    *,
+    quantization: str = "none",
+    in_axes: Sequence[str] = (),
+    out_axes: Sequence[str] = (),
+) -> jax.Array:
+    """Each expert's rows times its kernel; called with one device's rows at a time.
 
     Args:
-        x_RD: rows, those of the first expert first, then those of the second, ...
+        x: [R, D] with `sizes_E`: rows of the first expert first, then those of the second, ...;
+            without: [E, R, D].
         kernel_EDF: same dtype; accumulates in float32 on every platform.
         sizes_E: int32, how many rows each expert has. Rows beyond their sum are no one's.
+        quantization: as of `project`.
+        in_axes: mesh axes over which D is split: the result is a part of the sum.
+        out_axes: mesh axes over which F is split.
 
     Returns:
-        [R, F], in the dtype of `x_RD`; what is in no one's rows is not defined.
+        [R, F] or [E, R, F], in the dtype of `x`; what is in no one's rows is not defined.
     """
-    return checkpoint_name(jax.lax.ragged_dot(x_RD, kernel_EDF, sizes_E), SAVED_NAME)
+    if quantization == "none":
+        y = _by_experts(dots_of("none").output, x, kernel_EDF, sizes_E)
+    else:
+        y = _quantized_by_experts(
+            x, kernel_EDF, sizes_E, quantization, tuple(in_axes), tuple(out_axes)
+        )
+    return checkpoint_name(y, SAVED_NAME)
+
+
+def _by_experts(
+    dot: Dot,
+    x: jax.Array,
+    kernel_EDF: jax.Array,
+    sizes_E: jax.Array | None,
+    *,
+    kernel_dim: int = 1,
+    split: Sequence[str] = (),
+) -> jax.Array:
+    """Sums over the last dim of `x` and `kernel_dim`."""
+    experts = ((0,), (0,)) if sizes_E is None else ((), ())
+    dims = ((x.ndim - 1,), (kernel_dim,)), experts
+    return dot(x, kernel_EDF, dims, sizes=sizes_E, split=split)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _quantized_by_experts(
+    x: jax.Array,
+    kernel_EDF: jax.Array,
+    sizes_E: jax.Array | None,
+    quantization: str,
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+) -> jax.Array:
+    return _by_experts(dots_of(quantization).output, x, kernel_EDF, sizes_E, split=in_axes)
+
+
+def _quantized_by_experts_fwd(x: jax.Array, kernel_EDF: jax.Array, sizes_E: Any, *how: Any):
+    return _quantized_by_experts(x, kernel_EDF, sizes_E, *how), (x, kernel_EDF, sizes_E)
+
+
+def _quantized_by_experts_bwd(
+    quantization: str,
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+    saved: tuple[jax.Array, jax.Array, jax.Array | None],
+    g: jax.Array,
+):
+    x, kernel_EDF, sizes_E = saved
+    dots, plain = dots_of(quantization), dots_of("none").output
+    dx = _by_experts(dots.input_gradient, g, kernel_EDF, sizes_E, kernel_dim=2, split=out_axes)
+    _, pull = jax.vjp(lambda kernel: _by_experts(plain, x, kernel, sizes_E), kernel_EDF)
+    return dx, *pull(g), None if sizes_E is None else no_gradient(sizes_E)
+
+
+_quantized_by_experts.defvjp(_quantized_by_experts_fwd, _quantized_by_experts_bwd)
 
 
 class Projection(nnx.Module):

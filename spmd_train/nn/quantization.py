@@ -1,4 +1,4 @@
-"""Matmuls in eight bits: operands scaled and rounded as they come, by qwix.
+"""Matmuls in eight bits, by qwix: operands scaled and rounded as they come.
 
 Every scale belongs to what is not summed over: a token, or a channel of a kernel. So it depends on
 nothing that lies in another microbatch or on another part of the batch, and costs a mesh that
@@ -17,14 +17,36 @@ import jax.numpy as jnp
 
 from spmd_train.config import ConfigError
 
+Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+"""Of `a` and of `b`: dims that are summed over; dims that both have (`jax.lax.dot_general`)."""
+
 
 class Dot(Protocol):
     """A product of two arrays."""
 
     def __call__(
-        self, a: jax.Array, b: jax.Array, dims: tuple[Sequence[int], Sequence[int]]
+        self,
+        a: jax.Array,
+        b: jax.Array,
+        dims: Dims,
+        *,
+        sizes: jax.Array | None = None,
+        split: Sequence[str] = (),
     ) -> jax.Array:
-        """Sums over the `dims` of `a` and of `b`; those of `a` that are left come first."""
+        """As `jax.lax.dot_general`: dims of both, those of `a` that are left, those of `b`.
+
+        Args:
+            a: any shape.
+            b: in the dtype of `a`.
+            dims: summed over, and of both.
+            sizes: int32 [E]: `b` has a first dim of E more, and so many rows of `a` are for each
+                (`jax.lax.ragged_dot_general`).
+            split: mesh axes, manual ones, over which what is summed over is split. The result is
+                this device's part of the sum.
+
+        Returns:
+            In the dtype of `a`.
+        """
         ...
 
 
@@ -40,47 +62,65 @@ class Dots(NamedTuple):
     input_gradient: Dot
 
 
-def _dot(a: jax.Array, b: jax.Array, dims: tuple[Sequence[int], Sequence[int]]) -> jax.Array:
-    return jax.lax.dot_general(a, b, (dims, ((), ())))
+def _dot(
+    a: jax.Array,
+    b: jax.Array,
+    dims: Dims,
+    *,
+    sizes: jax.Array | None = None,
+    split: Sequence[str] = (),
+) -> jax.Array:
+    del split  # Each part is exact.
+    if sizes is None:
+        return jax.lax.dot_general(a, b, dims)
+    return jax.lax.ragged_dot_general(a, b, sizes, _ragged(dims))
+
+
+def _ragged(dims: Dims) -> jax.lax.RaggedDotDimensionNumbers:
+    return jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=dims, lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
 
 
 def _quantized_dot(
     a: jax.Array,
     b: jax.Array,
-    dims: tuple[Sequence[int], Sequence[int]],
+    dims: Dims,
     *,
+    sizes: jax.Array | None = None,
+    split: Sequence[str] = (),
     qwix: Any,
     a_dtype: Any,
     b_dtype: Any,
-    calibration: str,
 ) -> jax.Array:
     def quantize(x: jax.Array, contracted: Sequence[int], dtype: Any) -> Any:
-        kept = [dim for dim in range(x.ndim) if dim not in contracted]
         # Scales in float32: in bfloat16 they, and what they divide, would be rounded once more.
-        return qwix.quantize(
-            x.astype(jnp.float32), dtype, channelwise_axes=kept, calibration_method=calibration
-        )
+        x = x.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axis=tuple(contracted), keepdims=True)
+        if split:  # What one device would have found.
+            largest = jax.lax.pcast(jax.lax.pmax(largest, split), split, to="varying")
+        is_integer = jnp.issubdtype(dtype, jnp.integer)
+        limits = jnp.iinfo(dtype) if is_integer else jnp.finfo(dtype)
+        scale = jnp.where(largest == 0, 1, largest / float(limits.max))
+        x = x / scale
+        return qwix.QArray((jnp.round(x) if is_integer else x).astype(dtype), scale)
 
-    return qwix.dot_general(
-        quantize(a, dims[0], a_dtype),
-        quantize(b, dims[1], b_dtype),
-        (dims, ((), ())),
-        preferred_element_type=a.dtype,
-    )
+    operands = quantize(a, dims[0][0], a_dtype), quantize(b, dims[0][1], b_dtype)
+    if sizes is None:
+        return qwix.dot_general(*operands, dims, preferred_element_type=a.dtype)
+    return qwix.ragged_dot_general(*operands, sizes, _ragged(dims), preferred_element_type=a.dtype)
 
 
 class _Format(NamedTuple):
-    """Dtype of inputs and kernels, that of gradients, and how qwix finds a scale."""
+    """Dtype of inputs and kernels, and that of gradients."""
 
     forward: Any
     gradient: Any
-    calibration: str
 
 
 _FORMATS = {
-    # By itself qwix takes the largest magnitude to 127.5, where float noise decides how it rounds.
-    "int8": _Format(jnp.int8, jnp.int8, f"absmax,{127.5 / 127}"),
-    "fp8": _Format(jnp.float8_e4m3fn, jnp.float8_e5m2, "absmax"),
+    "int8": _Format(jnp.int8, jnp.int8),
+    "fp8": _Format(jnp.float8_e4m3fn, jnp.float8_e5m2),
 }
 
 
@@ -106,9 +146,7 @@ def dots_of(quantization: str) -> Dots:
             "pip install 'spmd-train[quantization]', or set it to none"
         ) from error
     form = _FORMATS[quantization]
-    dot: Callable[..., Any] = functools.partial(
-        _quantized_dot, qwix=qwix, b_dtype=form.forward, calibration=form.calibration
-    )
+    dot: Callable[..., Any] = functools.partial(_quantized_dot, qwix=qwix, b_dtype=form.forward)
     return Dots(
         functools.partial(dot, a_dtype=form.forward), functools.partial(dot, a_dtype=form.gradient)
     )

@@ -21,7 +21,7 @@ from spmd_train.inspect.hlo import (
     parse_hlo,
 )
 from spmd_train.inspect.loops import trip_count
-from spmd_train.plan.dot_flops import instruction_flops, told_flops
+from spmd_train.plan.dot_flops import instruction_flops
 
 _DIGITS = re.compile(r"\d+")
 _ON_CHIP = re.compile(r"[a-z]\w*\[[^\]]*\]\{[^}]*S\(\d+\)[^}]*\}")
@@ -40,6 +40,7 @@ _FREE = frozenset(
     )
 )
 # Inside a fusion: an array that it hands on as it is, or that a collective of its own takes.
+_COUNTS = frozenset(("s32", "u32", "pred"))
 _PASSED_ON = frozenset(("tuple", *COLLECTIVES))
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
@@ -206,11 +207,12 @@ class _Walk:
             return 0.0, ""
         shapes = [computation.instructions[name].shape for name in instruction.operands]
         dtypes = [dtype for shape in shapes for dtype, _ in array_bytes(shape)]
-        if told_flops(instruction.op_name) is None:
+        if instruction.opcode != "custom-call":
             return flops, dtypes[0]
-        # A kernel also takes block numbers and float32 sums: it multiplies the narrowest floats.
-        floats = [dtype for dtype in dtypes if dtype.startswith(("f", "bf"))]
-        return flops, min(floats, key=lambda dtype: int(_DIGITS.findall(dtype)[0]))
+        # A kernel also takes block numbers and float32 sums: it multiplies the narrowest of the
+        # rest.
+        multiplied = [dtype for dtype in dtypes if dtype not in _COUNTS]
+        return flops, min(multiplied, key=lambda dtype: int(_DIGITS.findall(dtype)[0]))
 
     def _bytes(self, instruction: Instruction, computation: Computation) -> int:
         operands = [computation.instructions[name] for name in instruction.operands]
