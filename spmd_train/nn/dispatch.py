@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MESH_AXES, MoEConfig
 from spmd_train.nn.activations import swiglu
+from spmd_train.nn.grouped import grouped_by_kernel
 from spmd_train.nn.projection import project_by_experts
 from spmd_train.nn.routing import Routing, expert_capacity
 from spmd_train.parallel.manual import (
@@ -385,7 +386,10 @@ def run_experts(
     each = P(axes)
     # No axis stays with XLA: a kernel of a platform's own cannot be partitioned.
     by_hand = functools.partial(
-        by_hand_over, layout=layout, axes=[a for a in MESH_AXES if a not in manual_axes()]
+        by_hand_over,
+        layout=layout,
+        axes=[a for a in MESH_AXES if a not in manual_axes()],
+        check=not grouped_by_kernel(),
     )
 
     @jax.custom_vjp

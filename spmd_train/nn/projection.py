@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.nn.cpu import flat_tokens
+from spmd_train.nn.grouped import kernel_gradient
 from spmd_train.nn.params import Initializer, param, zeros
 from spmd_train.nn.quantization import Dot, dots_of
 from spmd_train.parallel.manual import no_gradient
@@ -112,12 +113,7 @@ def project_by_experts(
     Returns:
         [R, F] or [E, R, F], in the dtype of `x`; what is in no one's rows is not defined.
     """
-    if quantization == "none":
-        y = _by_experts(dots_of("none").output, x, kernel_EDF, sizes_E)
-    else:
-        y = _quantized_by_experts(
-            x, kernel_EDF, sizes_E, quantization, tuple(in_axes), tuple(out_axes)
-        )
+    y = _project_by_experts(x, kernel_EDF, sizes_E, quantization, tuple(in_axes), tuple(out_axes))
     return checkpoint_name(y, SAVED_NAME)
 
 
@@ -127,8 +123,8 @@ def _by_experts(
     kernel_EDF: jax.Array,
     sizes_E: jax.Array | None,
     *,
-    kernel_dim: int = 1,
-    split: Sequence[str] = (),
+    kernel_dim: int,
+    split: Sequence[str],
 ) -> jax.Array:
     """Sums over the last dim of `x` and `kernel_dim`."""
     experts = ((0,), (0,)) if sizes_E is None else ((), ())
@@ -137,7 +133,7 @@ def _by_experts(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _quantized_by_experts(
+def _project_by_experts(
     x: jax.Array,
     kernel_EDF: jax.Array,
     sizes_E: jax.Array | None,
@@ -145,14 +141,15 @@ def _quantized_by_experts(
     in_axes: tuple[str, ...],
     out_axes: tuple[str, ...],
 ) -> jax.Array:
-    return _by_experts(dots_of(quantization).output, x, kernel_EDF, sizes_E, split=in_axes)
+    dot = dots_of(quantization).output
+    return _by_experts(dot, x, kernel_EDF, sizes_E, kernel_dim=1, split=in_axes)
 
 
-def _quantized_by_experts_fwd(x: jax.Array, kernel_EDF: jax.Array, sizes_E: Any, *how: Any):
-    return _quantized_by_experts(x, kernel_EDF, sizes_E, *how), (x, kernel_EDF, sizes_E)
+def _project_by_experts_fwd(x: jax.Array, kernel_EDF: jax.Array, sizes_E: Any, *how: Any):
+    return _project_by_experts(x, kernel_EDF, sizes_E, *how), (x, kernel_EDF, sizes_E)
 
 
-def _quantized_by_experts_bwd(
+def _project_by_experts_bwd(
     quantization: str,
     in_axes: tuple[str, ...],
     out_axes: tuple[str, ...],
@@ -160,13 +157,14 @@ def _quantized_by_experts_bwd(
     g: jax.Array,
 ):
     x, kernel_EDF, sizes_E = saved
-    dots, plain = dots_of(quantization), dots_of("none").output
-    dx = _by_experts(dots.input_gradient, g, kernel_EDF, sizes_E, kernel_dim=2, split=out_axes)
-    _, pull = jax.vjp(lambda kernel: _by_experts(plain, x, kernel, sizes_E), kernel_EDF)
-    return dx, *pull(g), None if sizes_E is None else no_gradient(sizes_E)
+    dot = dots_of(quantization).input_gradient
+    dx = _by_experts(dot, g, kernel_EDF, sizes_E, kernel_dim=2, split=out_axes)
+    if sizes_E is None:
+        return dx, jnp.einsum("erd,erf->edf", x, g), None
+    return dx, kernel_gradient(x, g, sizes_E), no_gradient(sizes_E)
 
 
-_quantized_by_experts.defvjp(_quantized_by_experts_fwd, _quantized_by_experts_bwd)
+_project_by_experts.defvjp(_project_by_experts_fwd, _project_by_experts_bwd)
 
 
 class Projection(nnx.Module):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from spmd_train.config import ConfigError
+from spmd_train.nn.grouped import grouped_product
 
 Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 """Of `a` and of `b`: dims that are summed over; dims that both have (`jax.lax.dot_general`)."""
@@ -39,8 +40,8 @@ class Dot(Protocol):
             a: any shape.
             b: in the dtype of `a`.
             dims: summed over, and of both.
-            sizes: int32 [E]: `b` has a first dim of E more, and so many rows of `a` are for each
-                (`jax.lax.ragged_dot_general`).
+            sizes: int32 [E]: `b` has a first dim of E more, and so many rows of `a`, which has
+                two dims, are for each (`nn.grouped`).
             split: mesh axes, manual ones, over which what is summed over is split. The result is
                 this device's part of the sum.
 
@@ -73,12 +74,13 @@ def _dot(
     del split  # Each part is exact.
     if sizes is None:
         return jax.lax.dot_general(a, b, dims)
-    return jax.lax.ragged_dot_general(a, b, sizes, _ragged(dims))
-
-
-def _ragged(dims: Dims) -> jax.lax.RaggedDotDimensionNumbers:
-    return jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=dims, lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    return grouped_product(
+        a,
+        b,
+        sizes,
+        kernel_dim=dims[0][1][0],
+        dot=jax.lax.dot_general,
+        ragged_dot=jax.lax.ragged_dot_general,
     )
 
 
@@ -106,9 +108,13 @@ def _quantized_dot(
         return qwix.QArray((jnp.round(x) if is_integer else x).astype(dtype), scale)
 
     operands = quantize(a, dims[0][0], a_dtype), quantize(b, dims[0][1], b_dtype)
+    dot = functools.partial(qwix.dot_general, preferred_element_type=a.dtype)
     if sizes is None:
-        return qwix.dot_general(*operands, dims, preferred_element_type=a.dtype)
-    return qwix.ragged_dot_general(*operands, sizes, _ragged(dims), preferred_element_type=a.dtype)
+        return dot(*operands, dims)
+    ragged_dot = functools.partial(qwix.ragged_dot_general, preferred_element_type=a.dtype)
+    return grouped_product(
+        *operands, sizes, kernel_dim=dims[0][1][0], dot=dot, ragged_dot=ragged_dot
+    )
 
 
 class _Format(NamedTuple):

@@ -40,7 +40,6 @@ _FREE = frozenset(
     )
 )
 # Inside a fusion: an array that it hands on as it is, or that a collective of its own takes.
-_COUNTS = frozenset(("s32", "u32", "pred"))
 _PASSED_ON = frozenset(("tuple", *COLLECTIVES))
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
@@ -209,10 +208,10 @@ class _Walk:
         dtypes = [dtype for shape in shapes for dtype, _ in array_bytes(shape)]
         if instruction.opcode != "custom-call":
             return flops, dtypes[0]
-        # A kernel also takes block numbers and float32 sums: it multiplies the narrowest of the
-        # rest.
-        multiplied = [dtype for dtype in dtypes if dtype not in _COUNTS]
-        return flops, min(multiplied, key=lambda dtype: int(_DIGITS.findall(dtype)[0]))
+        # A kernel also takes block numbers, masks and float32 sums: it multiplies the narrowest
+        # floats or, without any, the narrowest integers.
+        floats = [dtype for dtype in dtypes if dtype.startswith(("f", "bf"))]
+        return flops, min(floats or dtypes, key=lambda dtype: int(_DIGITS.findall(dtype)[0]))
 
     def _bytes(self, instruction: Instruction, computation: Computation) -> int:
         operands = [computation.instructions[name] for name in instruction.operands]
