@@ -9,6 +9,7 @@ from spmd_train.plan.targets import parse_target
 from spmd_train.plan.topologies import compiler_options
 
 ASYNC = "xla_enable_async_all_gather"
+SCATTERS = "xla_gpu_reduce_scatter_combine_threshold_bytes"
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def test_xla_flags_are_set_where_the_user_has_not(environ):
         f"--{name}" for name in xla_flags.FLAGS["tpu"]
     )
     assert "--xla_cpu_experimental_ynn_fusion_type=-individual_dot" in once["XLA_FLAGS"]
+    assert f"--{SCATTERS}=1048576" in once["XLA_FLAGS"].split()
     xla_flags.set_flags()
     assert once == {name: os.environ[name] for name in xla_flags.VARIABLES.values()}
 
@@ -35,8 +37,9 @@ def test_xla_flags_are_set_where_the_user_has_not(environ):
 def test_xla_flags_can_be_switched_off(environ):
     environ.setenv("SPMD_TRAIN_XLA_FLAGS", "off")
     xla_flags.set_flags()
-    assert [os.environ[name] for name in xla_flags.VARIABLES.values()] == ["", ""]
+    assert {os.environ[name] for name in xla_flags.VARIABLES.values()} == {""}
     assert compiler_options(parse_target("v5p:2x2x1")) == {}
+    assert SCATTERS not in compiler_options(parse_target("h100:1x8"))
 
 
 def test_xla_flags_of_a_plan_are_those_of_training(environ):
@@ -47,6 +50,9 @@ def test_xla_flags_of_a_plan_are_those_of_training(environ):
     assert options.pop("xla_jf_crs_combiner_threshold_in_bytes") == "4194304"
     assert set(options.values()) == {True}
     assert compiler_options(parse_target("cpu:8")) == {}
+    assert compiler_options(parse_target("h100:1x8"))[SCATTERS] == "1048576"
+    environ.setenv("XLA_FLAGS", f"--{SCATTERS}=7")
+    assert compiler_options(parse_target("h100:1x8"))[SCATTERS] == "7"
 
 
 def test_xla_flags_all_say_why_and_who():

@@ -63,14 +63,16 @@ def open_target(target: Target) -> Iterator[list[Any]]:
 
 def compiler_options(target: Target) -> Mapping[str, Any]:
     """XLA's options by name: those that training sets, and what hardware that is not here needs."""
-    if target.platform == "tpu":
-        words = {"true": True, "false": False}
-        flags = flags_in_force("tpu", os.environ)
-        return {name: words.get(value, value) for name, value in flags.items()}
+    words = {"true": True, "false": False}
+    options: dict[str, Any] = {}
+    if target.platform != "cpu":
+        # The CPU's are in XLA_FLAGS, which the process that compiles has read.
+        flags = flags_in_force(target.platform, os.environ)
+        options |= {name: words.get(value, value) for name, value in flags.items()}
     if target.platform == "gpu":
         # Autotuning times kernels on the device.
-        return {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(_cuda_home())}
-    return {}
+        options |= {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(_cuda_home())}
+    return options
 
 
 @contextlib.contextmanager
