@@ -34,7 +34,6 @@ def check(path, *, overrides=()):
         experiment.build(alone, devices=jax.devices()[:1]).program,
         embed_dim=config.model.embed_dim,
         num_layers=config.model.num_layers,
-        dense_experts=True,
     )
     assert traced.flops / 8 == pytest.approx(program_cost(step.hlo_text).flops, rel=0.05)
     state = state_bytes(program.plans)

@@ -50,6 +50,8 @@ def grouped_product(
         [R, F], or [R, D] with `kernel_dim` 2; what is in no one's rows is not defined.
     """
     if grouped_by_kernel():
+        if kernel_dim == 2 and isinstance(b, jax.Array):
+            return _gmm_transposed(a, b, sizes_E)
         numbers = jax.lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(((1,), (kernel_dim,)), ((), ())),
             lhs_ragged_dimensions=[0],
@@ -75,22 +77,19 @@ def grouped_product(
     return jax.lax.scan(put, out, blocks.each)[0]
 
 
-def kernel_gradient(
-    x_RD: jax.Array, g_RF: jax.Array, sizes_E: jax.Array, *, interpret: bool = False
-) -> jax.Array:
+def kernel_gradient(x_RD: jax.Array, g_RF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Of each group, its inputs (transposed) times the gradients of its outputs.
 
     Args:
         x_RD: rows, those of the first expert first.
         g_RF: same dtype.
         sizes_E: int32, rows of each expert; those beyond their sum are no one's.
-        interpret: runs TPU's kernel on CPU, slowly.
 
     Returns:
         [E, D, F], summed in float32, in the dtype of `x_RD`.
     """
-    if interpret or grouped_by_kernel():
-        return _megablox(x_RD, g_RF, sizes_E, interpret=interpret)
+    if grouped_by_kernel():
+        return _tgmm(x_RD, g_RF, sizes_E)
     blocks = _blocks(sizes_E, x_RD.shape[0])
     shape = x_RD.shape[1], g_RF.shape[1]
     likes = [x_RD, g_RF, sizes_E]
@@ -160,16 +159,40 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
 
-def _megablox(
-    x_RD: jax.Array, g_RF: jax.Array, sizes_E: jax.Array, *, interpret: bool
-) -> jax.Array:
-    """JAX's grouped matmul of TPUs, in tiles that its 16 MiB of fast memory have room for."""
-    megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
-    num_rows = x_RD.shape[0]
-    tile = next((t for t in (_TILE, 256, 128) if num_rows % t == 0), 128)
-    padding = ((0, -num_rows % tile), (0, 0))
-    x_RD, g_RF = jnp.pad(x_RD, padding), jnp.pad(g_RF, padding)
-    tiling = tile, min(x_RD.shape[1], 512), min(g_RF.shape[1], 1024)
-    return megablox.tgmm(
-        x_RD.T, g_RF, sizes_E, preferred_element_type=x_RD.dtype, tiling=tiling, interpret=interpret
+# JAX's own grouped matmuls of TPUs, megablox, in tiles that 16 MiB of fast memory have room for. On
+# a CPU they are interpreted.
+def _megablox() -> Any:
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+
+
+def _gmm_transposed(g_RF: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """XLA's own kernel has the transposed kernels copied: as much memory again."""
+    tile, rows = _tiled(g_RF)
+    dx_RD = _megablox().gmm(
+        rows,
+        kernel_EDF,
+        sizes_E,
+        preferred_element_type=g_RF.dtype,
+        tiling=(tile, min(g_RF.shape[1], 1024), min(kernel_EDF.shape[1], 1024)),
+        transpose_rhs=True,
+        interpret=current_platform() != "tpu",
     )
+    return dx_RD[: g_RF.shape[0]]
+
+
+def _tgmm(x_RD: jax.Array, g_RF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    tile, x_rows = _tiled(x_RD)
+    return _megablox().tgmm(
+        x_rows.T,
+        _tiled(g_RF)[1],
+        sizes_E,
+        preferred_element_type=x_RD.dtype,
+        tiling=(tile, min(x_RD.shape[1], 512), min(g_RF.shape[1], 1024)),
+        interpret=current_platform() != "tpu",
+    )
+
+
+def _tiled(x: jax.Array) -> tuple[int, jax.Array]:
+    """Rows of a tile, and rows that whole tiles make."""
+    tile = next((t for t in (_TILE, 256) if x.shape[0] % t == 0), 128)
+    return tile, jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))

@@ -189,7 +189,6 @@ def _traces(
             program,
             embed_dim=config.model.embed_dim,
             num_layers=config.model.num_layers,
-            dense_experts=platform == "cpu",
         )
     return program, costs
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,36 +32,31 @@ class TraceCost:
     kept_inner: float
 
 
-def trace_cost(
-    program: Any, *, embed_dim: int, num_layers: int, dense_experts: bool = False
-) -> TraceCost:
+def trace_cost(program: Any, *, embed_dim: int, num_layers: int) -> TraceCost:
     """Counts a step on its jaxpr.
 
     Args:
         program: a `Program` on a mesh of one device.
         embed_dim: width of the residual stream, by which kept arrays are told apart.
         num_layers: length of the scan over layers.
-        dense_experts: a ragged matmul multiplies every row by every expert's kernel, as XLA's CPU
-            compiler makes it.
     """
     step: Any = program.train_step
     traced = step.trace(program.abstract_state, program.abstract_batch)
     wide, inner = _kept(traced.jaxpr.jaxpr, embed_dim=embed_dim, num_layers=num_layers)
-    flops = _flops(traced.jaxpr.jaxpr, dense=dense_experts)
+    flops = _flops(traced.jaxpr.jaxpr)
     return TraceCost(flops=flops, kept_wide=wide, kept_inner=inner)
 
 
-def _flops(jaxpr: Any, *, dense: bool) -> float:
+def _flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            out = eqn.outvars[0].aval.shape
-            total += 2.0 * math.prod(out) * math.prod(lhs[d] for d in contracted)
-        elif name == "ragged_dot_general":
-            total += _ragged_flops(eqn, dense=dense)
+            total += _dot_flops(eqn, contracted)
+        elif name == "ragged_dot_general":  # A row counts once; so do rows of no group.
+            numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+            total += _dot_flops(eqn, numbers[0][0])
         elif name == "conv_general_dilated":
             numbers = eqn.params["dimension_numbers"]
             kernel = eqn.invars[1].aval.shape
@@ -71,26 +66,15 @@ def _flops(jaxpr: Any, *, dense: bool) -> float:
             cost = eqn.params.get("cost_estimate")
             total += told_flops(str(eqn.source_info.name_stack)) or (cost.flops if cost else 0.0)
         else:
-            inner = [_flops(sub, dense=dense) for sub in _subjaxprs(eqn)]
+            inner = [_flops(sub) for sub in _subjaxprs(eqn)]
             if inner:
                 total += (max if name == "cond" else sum)(inner) * _times(eqn)
     return total
 
 
-def _ragged_flops(eqn: Any, *, dense: bool) -> float:
-    """A row counts once, with the kernel of its group; rows of no group count, too.
-
-    `dense`: a row is multiplied by the kernels of all groups.
-    """
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (contracted, _), _ = numbers.dot_dimension_numbers
-    (ragged,) = numbers.lhs_ragged_dimensions
+def _dot_flops(eqn: Any, contracted: Sequence[int]) -> float:
     lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    groups = eqn.invars[2].aval.shape[-1]
-    flops = 2.0 * math.prod(out) * math.prod(lhs[d] for d in contracted)
-    # Where the groups divide what is contracted, the output has a dim of groups.
-    once = flops / groups if ragged in contracted else flops
-    return once * groups if dense else once
+    return 2.0 * math.prod(out) * math.prod(lhs[d] for d in contracted)
 
 
 def _times(eqn: Any) -> int:
