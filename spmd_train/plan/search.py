@@ -71,7 +71,7 @@ def search(
             "one of them, and model.remat_saved and model.remat_offloaded to nothing"
         )
     _, usable = memory_of(config.plan, target)
-    program, traces = _traces(config, platform=target.platform, devices=devices, build=build)
+    program, traces = _traces(config, devices=devices, build=build)
     ranked, too_large = [], 0
     for mesh, dcn in meshes(config, target, num_devices=len(devices)):
         try:
@@ -173,7 +173,7 @@ def _parts(plan: Plan) -> dict[str, float] | None:
 
 
 def _traces(
-    config: ExperimentConfig, *, platform: str, devices: Sequence[Any], build: Callable[..., Any]
+    config: ExperimentConfig, *, devices: Sequence[Any], build: Callable[..., Any]
 ) -> tuple[Any, dict[str, TraceCost]]:
     """The program on one device, and what it costs under each remat policy."""
     program, costs = None, {}
