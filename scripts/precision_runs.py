@@ -1,10 +1,11 @@
 """Trains one model under every precision policy, and writes the table of docs/precision.md.
 
     python scripts/precision_runs.py --page=docs/precision.md
+    python scripts/precision_runs.py --page=docs/precision.md --only=experts    # of one section
 
-The model is configs/lm_tiny.py on this Python's standard library; all runs have the same seed but
-for the last, which shows what another seed alone makes of the loss. What lies finished in --out is
-not trained again.
+The model is configs/lm_tiny.py on this Python's standard library, and the same with 8 experts of
+half its MLP's width, 2 for a token. All runs have the same seed but for one, which shows what
+another seed alone makes of the loss. What lies finished in --out is not trained again.
 """
 
 import argparse
@@ -18,12 +19,12 @@ import sys
 import jax
 from sections import write_section
 
-HEADING = "What each does to the loss"
 NEAREST = (
     "--config.model.compute_dtype=bfloat16",
     "--config.model.param_dtype=bfloat16",
     "--config.optimizer.state_dtype=bfloat16",
 )
+EXPERTS = ("--config.moe.num_experts=8", "--config.moe.expert_mlp_dim=176")
 RUNS = {
     **{
         name: (f"--config.precision={name}",)
@@ -32,6 +33,14 @@ RUNS = {
     "bf16_params, rounded to nearest": NEAREST,
     "float32, another seed": ("--config.precision=float32", "--config.train.seed=1"),
 }
+TABLES = {
+    "What each does to the loss": RUNS,
+    "What each does to the loss, with experts": {
+        name: (f"--config.precision={name}", *EXPERTS)
+        for name in ("float32", "bf16", "int8", "fp8")
+    },
+}
+"""By the page's section, which says what its runs have."""
 LAST = 0.1
 """Share of the steps, at the end, over which the training loss is averaged."""
 
@@ -85,16 +94,21 @@ def main():
     parser.add_argument("--page", type=pathlib.Path, help="page whose table is written anew")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/precision"))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", default="", help="the tables whose headings have this")
     args = parser.parse_args()
-    results = {}
-    for name, words in RUNS.items():
-        workdir = args.out / name.replace(", ", "-").replace(" ", "_")
-        train(words, num_steps=args.steps, workdir=workdir)
-        results[name] = losses(workdir, num_steps=args.steps)
-    text = "\n".join(table(results, num_steps=args.steps))
-    print(text)
-    if args.page:
-        write_section(args.page, HEADING, text)
+    for heading, runs in TABLES.items():
+        if args.only not in heading:
+            continue
+        results = {}
+        for name, words in runs.items():
+            folder = f"{name}, experts" if runs is not RUNS else name
+            workdir = args.out / folder.replace(", ", "-").replace(" ", "_")
+            train(words, num_steps=args.steps, workdir=workdir)
+            results[name] = losses(workdir, num_steps=args.steps)
+        text = "\n".join(table(results, num_steps=args.steps))
+        print(text)
+        if args.page:
+            write_section(args.page, heading, text)
 
 
 if __name__ == "__main__":

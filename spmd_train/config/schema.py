@@ -237,7 +237,7 @@ class ModelConfig:
         "none",
         "projections multiply in 8 bits, forwards and for the gradients of their inputs (extra: "
         "quantization): int8, or fp8 (E4M3; gradients E5M2); gradients of kernels, attention "
-        "scores, routed experts and logits stay in compute_dtype or float32",
+        "scores and logits stay in compute_dtype or float32",
         choices=("none", "int8", "fp8"),
     )
 
