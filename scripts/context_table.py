@@ -1,9 +1,10 @@
-"""What attention over split sequences takes, by kernels and in plain JAX, by TPU's own compiler.
+"""What attention over split sequences takes, by kernels and in plain JAX, by a target's compiler.
 
     python scripts/context_table.py --table=docs/memory.md
+    python scripts/context_table.py --table=docs/memory.md --target=h100:1x4
 
 Each row is one `spmd-train plan` of the same few layers in a process of its own; needs libtpu
-(extra plan-tpu). Two minutes a row, five for the blocks.
+(extra plan-tpu), for h100 XLA's GPU compiler (plan-cuda). Two minutes a row, five for the blocks.
 """
 
 import argparse
@@ -36,12 +37,13 @@ def main():
     for row in ROWS:
         lines.append(shown(cells(*row, args)))
     text = (
-        f"Written by `python scripts/context_table.py`: {args.layers} layers of `{args.config}` "
-        f"with 32,768 words, a sequence of {args.length:,} tokens on the 4 chips of "
-        f"{args.target} (context 4, zigzag), per device and step; `model.remat` full. Temporaries "
-        "and traffic are of libtpu's program, the step is a roofline.\n\n" + markdown_table(lines)
+        f"Written by `python scripts/context_table.py --target={args.target}`: {args.layers} "
+        f"layers of `{args.config}` with 32,768 words, a sequence of {args.length:,} tokens on 4 "
+        "chips (context 4, zigzag), per device and step; `model.remat` full. Temporaries and "
+        "traffic are of the program that the target's compiler made, the step is a roofline.\n\n"
+        + markdown_table(lines)
     )
-    write_section(args.table, "Split sequences", text)
+    write_section(args.table, f"Split sequences on {args.target}", text)
 
 
 def cells(method, attention, args):

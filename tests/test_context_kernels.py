@@ -14,15 +14,15 @@ from spmd_train.config import ConfigError, ContextConfig, parse
 from spmd_train.experiment import build
 from spmd_train.nn import flash
 from spmd_train.nn.attention import Tokens
-from spmd_train.nn.attention_kernels import Splash, Triton
+from spmd_train.nn.splash import Splash
+from spmd_train.nn.triton import Triton
 
 KERNELS = {"splash": Splash(interpret=True), "triton": Triton(interpret=True)}
 NO_KV_RULE = {"kv_heads": "none"}
-# Kernel, method, placement, mesh, heads, tokens, scoring. Blocks of 128 or 256 tokens.
+# Method, placement, mesh, heads, tokens, scoring. Blocks of 128 or 256 tokens.
 CASES = {
-    "ring": ("splash", "ring", "zigzag", {"context": 4}, (2, 1), 1024, {}),
+    "ring": ("ring", "zigzag", {"context": 4}, (2, 1), 1024, {}),
     "ring_uneven": (
-        "splash",
         "ring",
         "contiguous",
         {"context": 4},
@@ -31,7 +31,6 @@ CASES = {
         {"softcap": 3.0, "window": 200},
     ),
     "ring_few_kv_heads": (
-        "splash",
         "ring",
         "zigzag",
         {"context": 2, "tensor": 2},
@@ -39,9 +38,8 @@ CASES = {
         512,
         {"window": 300},
     ),
-    "all_gather": ("splash", "all_gather", "zigzag", {"context": 4}, (2, 1), 1024, {"window": 200}),
-    "ulysses": ("splash", "ulysses", "zigzag", {"context": 2}, (4, 2), 512, {"softcap": 3.0}),
-    "ulysses_triton": ("triton", "ulysses", "zigzag", {"context": 2}, (4, 1), 512, {}),
+    "all_gather": ("all_gather", "zigzag", {"context": 4}, (2, 1), 1024, {"window": 200}),
+    "ulysses": ("ulysses", "zigzag", {"context": 2}, (4, 2), 512, {"softcap": 3.0}),
 }
 
 
@@ -57,9 +55,10 @@ def use(monkeypatch):
     return take
 
 
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("case", CASES)
-def test_context_kernels_do_what_blocks_do(case, use):
-    name, method, placement, mesh, heads, length, scoring = CASES[case]
+def test_context_kernels_do_what_blocks_do(case, name, use):
+    method, placement, mesh, heads, length, scoring = CASES[case]
     rules = NO_KV_RULE if "tensor" in mesh else None
     *qkvg, tokens = arrays(*heads, length=length, rows=1, documents=6)
     assert int(tokens.segment_ids.max()) > 2
@@ -75,8 +74,9 @@ def test_context_kernels_do_what_blocks_do(case, use):
     assert all(np.abs(a - b).max() > 0.05 for a, b in zip(across, got, strict=True))
 
 
-def test_context_kernels_are_taken_where_they_can(use):
-    use("splash")
+@pytest.mark.parametrize("name", KERNELS)
+def test_context_kernels_are_taken_where_they_can(name, use):
+    use(name)
     *qkvg, tokens = arrays(2, 1, length=512, rows=1)
 
     def traced(layout, *, length=512, **options):
@@ -103,10 +103,6 @@ def test_context_kernels_that_cannot_be_are_refused_before_anything_is_written(u
     with pytest.raises(ConfigError, match=r"128 tokens, not 64, .*zigzag cuts 256 into"):
         build(parse(keys))
     build(parse(keys | {"context": {"placement": "contiguous"}}))
-    use("triton")
-    with pytest.raises(ConfigError, match=r"as context\.method=ulysses has them"):
-        build(parse(keys | {"context": {"placement": "contiguous"}}))
-    build(parse(keys | {"context": {"placement": "contiguous", "method": "ulysses"}}))
 
 
 @pytest.mark.parametrize(("method", "steps"), [("ring", 2), ("ulysses", 1)])

@@ -46,6 +46,8 @@ def test_plan_flash_keeps_no_scores(target):
     [
         pytest.param("v5e:2x2", "ring", marks=pytest.mark.plan_tpu),
         pytest.param("v5e:2x2", "ulysses", marks=pytest.mark.plan_tpu),
+        pytest.param("h100:1x4", "ring", marks=pytest.mark.plan_cuda),
+        pytest.param("h100:1x4", "all_gather", marks=pytest.mark.plan_cuda),
         pytest.param("h100:1x4", "ulysses", marks=pytest.mark.plan_cuda),
     ],
 )

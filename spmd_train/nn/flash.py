@@ -1,9 +1,11 @@
 """Attention by a platform's own kernel: scores never leave the chip.
 
-| platform | kernel | over split sequences (`parallel.context`) |
-|---|---|---|
-| tpu | JAX's splash attention (Pallas) | ring, all_gather, ulysses |
-| gpu | JAX's flash attention (Pallas on Triton); without soft cap and sliding window | ulysses |
+| platform | kernel |
+|---|---|
+| tpu | JAX's splash attention, in Pallas (`nn.splash`) |
+| gpu | flash attention, in Pallas on Triton (`nn.triton`) |
+
+Each also attends over split sequences (`parallel.context`).
 
 Dims: B batch, T tokens, H query heads, G key heads, K head width.
 """
@@ -19,14 +21,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import MESH_AXES, ConfigError
-from spmd_train.nn.attention_kernels import Splash, Triton
-from spmd_train.parallel.by_kernel import SAVED_NAME, Kernel, Scoring
+from spmd_train.nn.splash import Splash
+from spmd_train.nn.triton import Triton
+from spmd_train.parallel.blockwise import output_dot
+from spmd_train.parallel.by_kernel import SAVED_NAME, Kernel, Scoring, lay_heads
 from spmd_train.parallel.manual import by_hand_over, no_gradient, opaque
 from spmd_train.parallel.placement import Placement
 from spmd_train.parallel.rules import (
     current_layout,
     current_platform,
-    dims_of,
     manual_axes,
     to_spec,
     vary,
@@ -102,16 +105,9 @@ def flash_attend(
 
     batch, heads, free = (), (), []
     if layout is not None and layout.mesh.size > 1:
-        names = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-        q_dims, k_dims = (
-            dims_of(layout.activation_spec(x.shape, axes), ndim=4)
-            for x, axes in zip((q_BTHK, k_BTGK), names, strict=True)
+        batch, heads, k_BTGK, v_BTGK = lay_heads(
+            q_BTHK, k_BTGK, v_BTGK, layout=layout, sequence=None, whole=True
         )
-        batch, heads = q_dims[0], q_dims[2]
-        if k_dims[2] != heads:
-            # A device's query heads need key heads that it does not have: each gets its own copy.
-            copies = q_BTHK.shape[2] // k_BTGK.shape[2]
-            k_BTGK, v_BTGK = (jnp.repeat(x, copies, axis=2) for x in (k_BTGK, v_BTGK))
         free = [a for a in MESH_AXES if a not in manual_axes()]
     by_hand = functools.partial(by_hand_over, layout=layout, axes=free, check=False)
     spec, tokens, totals = (to_spec(d) for d in ([batch, (), heads], [batch], [batch, heads]))
@@ -130,8 +126,7 @@ def flash_attend(
     def run_backward(saved: Any, out_grad: jax.Array) -> Any:
         *qkv, s, out, log_total = saved
         q, k, v, out, out_grad = (x.swapaxes(1, 2) for x in (*qkv, out, out_grad))
-        dot = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
-        result = {"out_grad": out_grad, "log_total": log_total, "dot": dot}
+        result = {"out_grad": out_grad, "log_total": log_total, "dot": output_dot(out, out_grad)}
         grads = kernel.backward(q, k, v, (s, s), walk(), scoring, **result)
         return tuple(x.swapaxes(1, 2) for x in grads)
 

@@ -81,6 +81,11 @@ class Result(NamedTuple):
     dot: jax.Array
 
 
+def output_dot(out: jax.Array, out_grad: jax.Array) -> jax.Array:
+    """`Result.dot` of [..., K], which a softmax's gradient subtracts."""
+    return jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
+
+
 def zero_gradients(q_BGRTK: jax.Array, keys: Keys) -> Gradients:
     """Gradients to add to."""
     like = (q_BGRTK, keys.k, keys.v)

@@ -17,6 +17,12 @@ import jax.numpy as jnp
 
 from spmd_train.parallel.blockwise import Gradients, Keys, Result, Tokens
 from spmd_train.parallel.placement import Placement, Tiles, mine
+from spmd_train.parallel.rules import Layout, dims_of
+
+QKV = tuple[jax.Array, jax.Array, jax.Array]
+"""Queries, keys and values, or what belongs to them."""
+Segments = tuple[jax.Array, jax.Array]
+"""Of queries and of keys."""
 
 SAVED_NAME = "attention"
 """The name under which a remat policy can keep what a kernel's forward pass returns."""
@@ -60,7 +66,7 @@ class Kernel(Protocol):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        segments: tuple[jax.Array, jax.Array],
+        segments: Segments,
         walk: Any,
         scoring: Scoring,
     ) -> tuple[jax.Array, jax.Array]:
@@ -81,14 +87,14 @@ class Kernel(Protocol):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        segments: tuple[jax.Array, jax.Array],
+        segments: Segments,
         walk: Any,
         scoring: Scoring,
         *,
         out_grad: jax.Array,
         log_total: jax.Array,
         dot: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> QKV:
         """Gradients of q, k and v.
 
         Args:
@@ -103,6 +109,59 @@ class Kernel(Protocol):
             dot: sum over K of the output times its gradient, float32 [B, H, T].
         """
         ...
+
+
+def kernel_flops(flops: float) -> str:
+    """A scope that tells the FLOPs of each kernel in it: their compilers don't know them."""
+    return f"kernel_flops_{round(flops)}"
+
+
+def why_no_multiple(placement: Placement, block: int) -> str:
+    """For `Kernel.why_not`: of blocks that a kernel's tiles have to divide."""
+    length = placement.block_length
+    if length % block == 0:
+        return ""
+    cut = ""
+    if placement.num_devices > 1:
+        cut = f", the blocks that context.placement={placement.name} cuts {placement.length} into"
+    return f"it takes multiples of {block} tokens, not {length}{cut}"
+
+
+def lay_heads(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    layout: Layout,
+    sequence: str | None,
+    whole: bool,
+) -> tuple[tuple[str, ...], tuple[str, ...], jax.Array, jax.Array]:
+    """Which mesh axes share out the batch and the heads, those of keys as those of queries.
+
+    Args:
+        q_BTHK: queries.
+        k_BTGK: keys.
+        v_BTGK: values.
+        layout: the layout in use.
+        sequence: the logical axis of T; None: a device has whole sequences.
+        whole: a device has to have the key heads that its query heads look at. Where the layout
+            gives it others, each query head gets a key head of its own; else heads are left to XLA.
+
+    Returns:
+        Mesh axes of the batch, of the heads, keys, values.
+    """
+    names = ("batch", sequence, "heads", None), ("batch", sequence, "kv_heads", None)
+    q_dims, k_dims = (
+        dims_of(layout.activation_spec(x.shape, axes), ndim=4)
+        for x, axes in zip((q_BTHK, k_BTGK), names, strict=True)
+    )
+    batch, heads = q_dims[0], q_dims[2]
+    if k_dims[2] != heads and not whole:
+        heads = ()
+    elif k_dims[2] != heads:
+        copies = q_BTHK.shape[2] // k_BTGK.shape[2]
+        k_BTGK, v_BTGK = (jnp.repeat(x, copies, axis=2) for x in (k_BTGK, v_BTGK))
+    return batch, heads, k_BTGK, v_BTGK
 
 
 class Merged(NamedTuple):

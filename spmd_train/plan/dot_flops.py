@@ -63,7 +63,7 @@ def _custom_call(instruction: Instruction, computation: Computation) -> float | 
 
 
 def told_flops(scope: str) -> float | None:
-    """FLOPs of a kernel whose caller has told them by `nn.attention_kernels.kernel_flops`."""
+    """FLOPs of a kernel whose caller has told them by `parallel.by_kernel.kernel_flops`."""
     match = _TOLD.search(scope)
     return float(match[1]) if match else None
 

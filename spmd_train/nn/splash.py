@@ -1,6 +1,4 @@
-"""Attention kernels of TPUs and GPUs, of one device's arrays, and their gradients.
-
-Both know segments. What a kernel does not know it refuses: nothing is silently dropped.
+"""The attention kernel of TPUs: JAX's splash attention, of one device's arrays.
 
 Dims: B batch, T queries, S keys, H query heads, G key heads, K head width.
 """
@@ -17,33 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spmd_train.parallel.by_kernel import Scoring
+from spmd_train.parallel.by_kernel import QKV, Scoring, Segments, kernel_flops, why_no_multiple
 from spmd_train.parallel.placement import Placement, Tiles
-from spmd_train.parallel.rules import current_device
-
-QKV = tuple[jax.Array, jax.Array, jax.Array]
-Segments = tuple[jax.Array, jax.Array]
-
-
-def _pallas(name: str) -> Any:
-    """A module of `jax.experimental.pallas.ops`: imported where its kernel runs, as it is slow."""
-    with warnings.catch_warnings():
-        # jax 0.12 points to tokamax, whose backward pass makes masks as large as the scores.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return importlib.import_module(f"jax.experimental.pallas.ops.{name}")
 
 
 def _splash(part: str) -> Any:
-    return _pallas(f"tpu.splash_attention.splash_attention_{part}")
-
-
-def _triton() -> Any:
-    return _pallas("gpu.attention")
-
-
-def kernel_flops(flops: float) -> str:
-    """A scope that tells the FLOPs of each kernel in it: their compilers don't know them."""
-    return f"kernel_flops_{round(flops)}"
+    """A module of splash attention: imported where it runs, as it is slow."""
+    with warnings.catch_warnings():
+        # jax 0.12 points to tokamax, whose backward pass makes masks as large as the scores.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        package = "jax.experimental.pallas.ops.tpu.splash_attention"
+        return importlib.import_module(f"{package}.splash_attention_{part}")
 
 
 class _Table(NamedTuple):
@@ -106,7 +88,7 @@ class Splash:
                 f"{queries:,} queries and {keys:,} keys on a device have more tiles than a TPU's "
                 "scalar memory; split sequences further (mesh.context), or by ring"
             )
-        return _why_no_multiple(placement, self._WIDTH)
+        return why_no_multiple(placement, self._WIDTH)
 
     def walk(self, steps: Sequence[Tiles], scoring: Scoring) -> _Walk:
         """See `Kernel`."""
@@ -260,151 +242,3 @@ def _tables(steps: Sequence[Tiles], by: int, partial: list[int]) -> _Table:
             table.mask[n, of, place] += np.int8(i) * (away == distance)
     np.maximum.accumulate(table.next, axis=2, out=table.next)
     return jax.tree.map(lambda x: x.reshape(len(devices), len(steps), 1, size, width), table)
-
-
-class Triton:
-    """The flash attention of `jax.experimental.pallas.ops.gpu`, on GPUs since Ampere.
-
-    It knows as many key heads as query heads: keys and values are repeated on the device. And
-    tokens in order only: where they are not, it is given them in order.
-    """
-
-    sizes: tuple[int, ...] = (512, 256, 128)
-    lowest: float = -jnp.inf
-    _FORWARD, _BACKWARD = 128, 64
-    """Rows and columns of a block."""
-
-    def __init__(self, *, interpret: bool = False) -> None:
-        """Makes it; `interpret` runs it on CPU, slowly."""
-        self._interpret = interpret
-
-    def why_not(self, placement: Placement, scoring: Scoring, *, queries: int, keys: int) -> str:
-        """See `Kernel`."""
-        if not self._interpret and not _is_ampere(current_device()):
-            return "that of gpu is for NVIDIA's since Ampere (compute capability 8.0)"
-        if scoring.softcap or scoring.window:
-            return "that of gpu knows no model.attention_softcap and no model.sliding_window"
-        if not queries == keys == placement.length:
-            return "that of gpu takes whole sequences, as context.method=ulysses has them"
-        return _why_no_multiple(placement, self._FORWARD)
-
-    def walk(self, steps: Sequence[Tiles], scoring: Scoring) -> _Order:
-        """See `Kernel`."""
-        return _Order(tuple(steps[0].queries[0].tolist()))
-
-    def forward(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        segments: Segments,
-        walk: _Order,
-        scoring: Scoring,
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Kernel`."""
-        copies = q.shape[1] // k.shape[1]
-        with jax.named_scope(kernel_flops(2 * self._flops(q, self._FORWARD))):
-            out, log_total = _triton().mha(
-                *(walk.tokens_first(x, copies=n) for x, n in ((q, 1), (k, copies), (v, copies))),
-                walk.in_order(segments[0], dim=1),
-                causal=True,
-                block_sizes=self._blocks(),
-                return_residuals=True,
-                interpret=self._interpret,
-            )
-        return walk.heads_first(out), walk.back(log_total, dim=2)
-
-    def backward(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        segments: Segments,
-        walk: _Order,
-        scoring: Scoring,
-        *,
-        out_grad: jax.Array,
-        log_total: jax.Array,
-        dot: jax.Array,
-    ) -> QKV:
-        """See `Kernel`."""
-        # The kernel takes the output, but only for `dot`: all that has this sum will do.
-        largest = jnp.max(jnp.abs(out_grad), axis=-1, keepdims=True).astype(jnp.float32)
-        unit = out_grad / jnp.where(largest, largest, 1)
-        squares = jnp.sum(jnp.square(unit), axis=-1, keepdims=True)
-        out = unit * (dot[..., None] / jnp.where(largest, largest * squares, 1))
-        b, g, t, width = k.shape
-        copies = q.shape[1] // g
-        given = ((q, 1), (k, copies), (v, copies), (out.astype(q.dtype), 1), (out_grad, 1))
-        q_, k_, v_, out_, out_grad_ = (walk.tokens_first(x, copies=n) for x, n in given)
-        residuals = (q_, k_, v_, walk.in_order(segments[0], dim=1), out_)
-        # Told of both kernels, the sum before the gradient and the gradient: half for each.
-        with jax.named_scope(kernel_flops(7 / 2 * self._flops(q, self._BACKWARD))):
-            q_grad, *kv_grads, _ = _triton()._mha_backward(
-                1.0, True, self._blocks(), "triton", None, 2, None, self._interpret, False, False,
-                (*residuals, walk.in_order(log_total, dim=2)), out_grad_,
-            )  # fmt: skip
-        k_grad, v_grad = (
-            walk.heads_first(x)
-            .reshape(b, g, copies, t, width)
-            .sum(2, dtype=jnp.float32)
-            .astype(x.dtype)
-            for x in kv_grads
-        )
-        return walk.heads_first(q_grad), k_grad, v_grad
-
-    def _blocks(self) -> Any:
-        cuts = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-        sizes = dict.fromkeys(cuts, self._BACKWARD)
-        return _triton().BlockSizes(block_q=self._FORWARD, block_k=self._BACKWARD, **sizes)
-
-    def _flops(self, q: jax.Array, block: int) -> int:
-        """FLOPs of one matmul over all blocks that a causal mask leaves."""
-        b, h, t, width = q.shape
-        return b * h * t * (t + block) * width
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    """The order of a whole sequence's tiles where they lie."""
-
-    tiles: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    def in_order(self, x: jax.Array, *, dim: int) -> jax.Array:
-        """The sequence in its own order."""
-        return self._taken(x, np.argsort(self.tiles), dim)
-
-    def back(self, x: jax.Array, *, dim: int) -> jax.Array:
-        """`in_order` undone."""
-        return self._taken(x, np.array(self.tiles), dim)
-
-    def tokens_first(self, x_BHTK: jax.Array, *, copies: int) -> jax.Array:
-        """[B, T, H, K] in order, of each head so many copies."""
-        return self.in_order(jnp.repeat(x_BHTK, copies, axis=1).swapaxes(1, 2), dim=1)
-
-    def heads_first(self, x_BTHK: jax.Array) -> jax.Array:
-        """[B, H, T, K], back where they were."""
-        return self.back(x_BTHK, dim=1).swapaxes(1, 2)
-
-    def _taken(self, x: jax.Array, tiles: np.ndarray, dim: int) -> jax.Array:
-        if (np.diff(tiles) == 1).all():
-            return x
-        cut = x.reshape(*x.shape[:dim], len(tiles), -1, *x.shape[dim + 1 :])
-        return jnp.take(cut, jnp.asarray(tiles), axis=dim).reshape(x.shape)
-
-
-def _is_ampere(device: Any) -> bool:
-    """Whether a GPU has what the kernel is compiled to; AMD's tell a name, not a number."""
-    major = str(device.compute_capability).partition(".")[0]
-    return major.isdecimal() and int(major) >= 8
-
-
-def _why_no_multiple(placement: Placement, block: int) -> str:
-    length = placement.block_length
-    if length % block == 0:
-        return ""
-    cut = ""
-    if placement.num_devices > 1:
-        cut = f", the blocks that context.placement={placement.name} cuts {placement.length} into"
-    return f"it takes multiples of {block} tokens, not {length}{cut}"
