@@ -121,6 +121,23 @@ POINTS = (
         "model_name=mixtral-8x7b compile_topology=v5p-128 per_device_batch_size=2 "
         "max_target_length=4096 remat_policy=full",
     ),
+    Point(
+        "Llama-3-8B, fsdp 16 x context 4, a sequence of 32,768 on 4 chips, remat full",
+        "llama3_8b.py",
+        "v5p:4x4x4",
+        (
+            "mesh.context=4",
+            "sharding.rules.embed=fsdp+context",
+            "data.sequence_length=32768",
+            "train.global_batch_size=16",
+        ),
+        9.27,
+        8.56,
+        75.64,
+        "model_name=llama3-8b compile_topology=v5p-128 per_device_batch_size=0.25 "
+        "max_target_length=32768 remat_policy=full ici_context_parallelism=4 "
+        "ici_fsdp_parallelism=16",
+    ),
 )
 HEADS = (
     "per device",

@@ -19,7 +19,7 @@ from helpers import (
     run_steps,
 )
 
-from spmd_train.config import ConfigError, ContextConfig, LossConfig
+from spmd_train.config import ConfigError, ContextConfig, LossConfig, ShardingConfig
 from spmd_train.inspect.collectives import count_collectives
 from spmd_train.inspect.context import context_report
 from spmd_train.train.generate import Sampling, generate
@@ -105,6 +105,16 @@ def test_context_training_with_every_feature_is_one_devices():
         loss=LossConfig(chunk_tokens=8),
         sharding=SEQUENCE_SHARDED,
     )
+
+
+def test_context_training_with_parameters_sharded_over_it_is_one_devices():
+    program = check(
+        {"context": 2, "fsdp": 2},
+        sharding=ShardingConfig(rules={"embed": "fsdp+context"}),
+        grad_accumulation=2,
+    )
+    plan = program.plans["params/blocks/mlp/up/kernel"]
+    assert plan.bytes_per_device == plan.bytes / 4
 
 
 @pytest.mark.slow
