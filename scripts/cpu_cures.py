@@ -27,13 +27,14 @@ import numpy as np
 from spmd_train import cluster, experiment, xla_flags
 from spmd_train.cli import allocator
 from spmd_train.config import load_config, parse
-from spmd_train.nn import attention, embeddings, mlp, norms, projection
+from spmd_train.nn import attention, cpu, embeddings, mlp, norms, projection
 
 CURES = {
     "keeping the step's temporaries: huge pages instead": "kept",
     "keeping them, nor huge pages": "pages",
     "angles of RoPE computed once": "rope",
     "a projection's gradients as two-dimensional matmuls": "gradients",
+    "rows of 2 KiB kept apart": "apart",
     "RMSNorm's gradients summed by matmuls": "norms",
     "SwiGLU's own derivative": "swiglu",
     "causal attention by blocks of queries": "blocks",
@@ -62,7 +63,9 @@ def leave_out(cure: str) -> None:
     if cure == "rope":
         _replace(embeddings, "computed_once", lambda x: x)
     elif cure == "gradients":
-        _replace(projection, "flat_tokens", lambda: False)
+        _replace(projection, "matrix_product", lambda: None)
+    elif cure == "apart":
+        _replace(projection, "matrix_product", lambda: cpu.together)
     elif cure == "norms":
         _replace(norms, "flat_tokens", lambda *_: False)
     elif cure == "swiglu":

@@ -1,18 +1,24 @@
 """What is done for XLA's CPU compiler: it works, changes no number, and stays off elsewhere."""
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from spmd_train.config import RopeConfig
+from spmd_train.config import MeshConfig, RopeConfig, ShardingConfig
 from spmd_train.nn import cpu, norms
 from spmd_train.nn.activations import swiglu
 from spmd_train.nn.embeddings import apply_rope, rope_angles
 from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.projection import project
+from spmd_train.parallel.mesh import make_mesh
+from spmd_train.parallel.rules import Layout, make_rules, use_layout
 
 
 def rotate_both(q_BTHK, k_BTHK, positions_BT):
@@ -80,3 +86,38 @@ def test_swiglu_keeps_two_arrays_and_has_the_same_gradients():
         sum(leaf.shape == gate.shape for leaf in jax.tree.leaves(p)) for p in (pull, pull_expected)
     )
     assert kept == 2 < kept_by_default
+
+
+@pytest.mark.parametrize(
+    "tokens, mesh, widths",
+    [
+        (512, {}, {"512": 0, "528": 3}),
+        (512, {"data": 2}, {"512": 0, "528": 3}),
+        (512, {"tensor": 2}, {"256": 2, "512": 1, "528": 0}),  # A kernel in parts stays as it is.
+        (64, {}, {"512": 2, "528": 1}),  # Few rows are not worth a copy of the kernel.
+    ],
+)
+def test_nn_cpu_rows_of_a_result_are_kept_apart(tokens, mesh, widths):
+    """Output, gradient of the input and of the kernel: as many columns as said; same values."""
+    x, kernel, g = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(2, tokens, 512), (512, 512), (2, tokens, 512)])
+    )
+
+    def products(x, kernel, g):
+        y, pull = jax.vjp(project, x, kernel)
+        return y, *pull(g)
+
+    config = MeshConfig(**{"data": 1, **mesh})
+    devices = make_mesh(config, devices=jax.devices()[: math.prod(mesh.values())])
+    specs = {"kernel": P(None, "tensor") if "tensor" in mesh else P()}
+    layout = Layout(devices, make_rules(ShardingConfig()), specs)
+    by_batch = NamedSharding(devices, P("data"))
+    shardings = (by_batch, NamedSharding(devices, specs["kernel"]), by_batch)
+    with use_layout(layout):
+        step = jax.jit(products, in_shardings=shardings).lower(x, kernel, g).compile()
+    found = re.findall(r"= f32\[\d+,(\d+)\]\S* dot\(", step.as_text())
+    assert {width: found.count(width) for width in widths} == widths, found
+    expected = x @ kernel, g @ kernel.T, jnp.einsum("btd,btf->df", x, g)
+    for ours, theirs in zip(step(x, kernel, g), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)

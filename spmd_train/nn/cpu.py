@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,38 @@ def flat_tokens(*sequences: str) -> bool:
     layout = current_layout()
     split = layout is not None and any(layout.axes(s) for s in sequences or ("sequence",))
     return current_platform() == "cpu" and not split
+
+
+MatrixProduct = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
+"""Of two matrices, summed over these dims of them; what is left of the first leads the result."""
+
+
+def matrix_product() -> MatrixProduct | None:
+    """How a projection's tokens are best multiplied as one dim; None: they are not made one."""
+    if not flat_tokens():
+        return None
+    layout = current_layout()
+    return _apart if layout is None or layout.computes_whole else together
+
+
+def together(a: jax.Array, b: jax.Array, summed: tuple[int, int]) -> jax.Array:
+    """A `MatrixProduct`."""
+    return jax.lax.dot_general(a, b, (((summed[0],), (summed[1],)), ((), ())))
+
+
+def _apart(a: jax.Array, b: jax.Array, summed: tuple[int, int]) -> jax.Array:
+    """The same, with the rows of the result apart in memory.
+
+    Eigen writes a column of many rows at a time. Rows that are a multiple of 2 KiB apart fall on
+    the same few lines of a cache, and push each other out of it; so the result is made a cache line
+    wider, and cut.
+    """
+    kept, num_rows = 1 - summed[1], a.shape[1 - summed[0]]
+    width = b.shape[kept]
+    if width % 512 or num_rows < 512:
+        return together(a, b, summed)
+    wider = [(0, 16 * (dim == kept)) for dim in (0, 1)]
+    return together(a, jnp.pad(b, wider), summed)[:, :width]
 
 
 def computed_once(x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from spmd_train.nn.cpu import flat_tokens
+from spmd_train.nn.cpu import MatrixProduct, matrix_product
 from spmd_train.nn.grouped import kernel_gradient
 from spmd_train.nn.params import Initializer, param, zeros
 from spmd_train.nn.quantization import Dot, dots_of
@@ -48,38 +48,57 @@ def project(
     # XLA's CPU compiler makes the weight gradient of a 3-D x a transposing copy and a slow dot (a
     # third of the speed), and transposes a kernel of heads for that of x; of two dims each they are
     # fast matmuls.
-    flat = flat_tokens()
-    if flat or quantization != "none":
-        y = _project(x, kernel, num_contracted, quantization, flat)
+    product = matrix_product()
+    if product or quantization != "none":
+        y = _project(x, kernel, num_contracted, quantization, product)
     else:
-        y = _output(x, kernel, num_contracted, quantization)
+        y = _output(x, kernel, num_contracted, quantization, None)
     return checkpoint_name(y, SAVED_NAME)
 
 
-def _output(x: jax.Array, kernel: jax.Array, n: int, quantization: str) -> jax.Array:
+def _output(
+    x: jax.Array, kernel: jax.Array, n: int, quantization: str, product: MatrixProduct | None
+) -> jax.Array:
+    if product and quantization == "none":
+        y = product(*_flat(x, kernel, n), (1, 0))
+        return y.reshape(*x.shape[: x.ndim - n], *kernel.shape[n:])
     contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
     return dots_of(quantization).output(x, kernel, (contracted, ((), ())))
 
 
+def _flat(x: jax.Array, kernel: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    kernel_2d = kernel.reshape(math.prod(kernel.shape[:n]), -1)
+    return x.reshape(-1, kernel_2d.shape[0]), kernel_2d
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _project(x: jax.Array, kernel: jax.Array, n: int, quantization: str, flat: bool) -> jax.Array:
-    return _output(x, kernel, n, quantization)
+def _project(
+    x: jax.Array, kernel: jax.Array, n: int, quantization: str, product: MatrixProduct | None
+) -> jax.Array:
+    return _output(x, kernel, n, quantization, product)
 
 
-def _project_fwd(x: jax.Array, kernel: jax.Array, n: int, quantization: str, flat: bool):
-    return _output(x, kernel, n, quantization), (x, kernel)
+def _project_fwd(x: jax.Array, kernel: jax.Array, *how: Any):
+    return _output(x, kernel, *how), (x, kernel)
 
 
 def _project_bwd(
-    n: int, quantization: str, flat: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array
+    n: int,
+    quantization: str,
+    product: MatrixProduct | None,
+    saved: tuple[jax.Array, jax.Array],
+    g: jax.Array,
 ):
     x, kernel = saved
     input_gradient = dots_of(quantization).input_gradient
-    if flat:
-        kernel_2d = kernel.reshape(math.prod(kernel.shape[:n]), -1)
-        x_2d, g_2d = x.reshape(-1, kernel_2d.shape[0]), g.reshape(-1, kernel_2d.shape[1])
-        dx = input_gradient(g_2d, kernel_2d, (((1,), (1,)), ((), ())))
-        return dx.reshape(x.shape), (x_2d.T @ g_2d).reshape(kernel.shape)
+    if product:
+        x_2d, kernel_2d = _flat(x, kernel, n)
+        g_2d = g.reshape(-1, kernel_2d.shape[1])
+        if quantization == "none":
+            dx = product(g_2d, kernel_2d, (1, 1))
+        else:
+            dx = input_gradient(g_2d, kernel_2d, (((1,), (1,)), ((), ())))
+        return dx.reshape(x.shape), product(x_2d, g_2d, (0, 0)).reshape(kernel.shape)
     num_tokens, num_out = x.ndim - n, kernel.ndim - n
     contracted = tuple(range(g.ndim - num_out, g.ndim)), tuple(range(n, kernel.ndim))
     dx = input_gradient(g, kernel, (contracted, ((), ())))

@@ -161,6 +161,12 @@ class Layout:
         """Mesh axes that hold shards of parameters but compute with whole ones (`unshard`)."""
         return frozenset(self.axes("batch")) - frozenset(self.axes("expert"))
 
+    @property
+    def computes_whole(self) -> bool:
+        """Whether devices compute with whole parameters, those of their stage."""
+        axes = {a for spec in self.param_specs.values() for a in axes_of(spec)}
+        return axes <= self.gathered | {"pipeline"}
+
     def activation_spec(self, shape: Sequence[int], axes: LogicalAxes) -> P:
         """The spec of an activation: axes in order, each mesh axis once, only dims that divide."""
         used: set[str] = set(manual_axes())
