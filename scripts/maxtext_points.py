@@ -172,8 +172,7 @@ def main():
         "those of the second. Peak is the compiler's own; wire bytes are those of rings.\n\n"
         + markdown_table(lines)
         + "\n\nEvery matmul's output: what MaxText's policy `minimal` keeps. The output of "
-        "attention's kernel is not among them, and made again by both. With context 4, MaxText "
-        "shards parameters over context as well, and this trainer does not: its peak is higher.\n"
+        "attention's kernel is not among them, and made again by both.\n"
     )
     write_section(args.table, "Against MaxText, by the same compiler", text)
 

@@ -55,8 +55,8 @@ and P_norms. A: bytes of the residual stream of a device's tokens. L: layers. M:
 bytes of a device's keys and values, dK of their gradients, Q and O of its queries and outputs, ids
 of its segments and positions. An exchange of dropless experts beyond the first is not counted.
 
-Under fsdp, the vectors of a device's tokens travel and not the embedding table, where the tokens
-are fewer than its rows; else P_embedding is gathered, and its gradient reduce-scattered.
+Under fsdp and context, the vectors of a device's tokens travel and not the embedding table, where
+the tokens are fewer than its rows; else P_embedding is gathered, and its gradient reduce-scattered.
 """
 
 
@@ -151,17 +151,17 @@ def terms_of(row, program):
     ring, twice = (n - 1) / n, 2 * (n - 1) / n
     layers, tokens = MODEL.num_layers, BATCH * LENGTH
     stream = FLOAT * tokens * MODEL.embed_dim
-    everything = Term("all-reduce", "2(n-1)/n P", twice * p["all"])
     if row.axis == "data":
-        return [everything]
+        return [Term("all-reduce", "2(n-1)/n P", twice * p["all"])]
+    gathered = 2 * p["blocks"] + p["head"]
+    summed = p["blocks"] + p["head"] + p["norms"]
+    sharded = [
+        Term("all-gather", "(n-1)/n (2 P_blocks + P_head)", ring * gathered),
+        Term("all-reduce", "2(n-1)/n (P_blocks + P_head + P_norms)", twice * summed),
+        Term("all-to-all", "2(n-1)/n A", twice * stream / n),
+    ]
     if row.axis == "fsdp":
-        gathered = 2 * p["blocks"] + p["head"]
-        summed = p["blocks"] + p["head"] + p["norms"]
-        return [
-            Term("all-gather", "(n-1)/n (2 P_blocks + P_head)", ring * gathered),
-            Term("all-reduce", "2(n-1)/n (P_blocks + P_head + P_norms)", twice * summed),
-            Term("all-to-all", "2(n-1)/n A", twice * stream / n),
-        ]
+        return sharded
     if row.axis == "tensor":
         # Outputs of attention and MLP; in the backward pass the gradients of five inputs: query,
         # key, value, gate, up. Two more of embedding and head, and four numbers a token.
@@ -172,7 +172,7 @@ def terms_of(row, program):
             terms.append(Term("all-gather", "(n-1)/n (4 L + 2) A", ring * gathered))
         return terms
     if row.axis == "context":
-        return [*context_terms(row), everything]
+        return [*context_terms(row), *sharded]
     if row.axis == "expert":
         return [*expert_terms(row, stream / n), shared_term(p, twice)]
     schedule = program.pipeline.schedule

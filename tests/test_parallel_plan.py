@@ -35,14 +35,14 @@ def test_plan_gives_each_leaf_its_spec_and_reason() -> None:
     plans = plan()
     told = {path: (p.spec, p.reason) for path, p in plans.items() if path.startswith("params/")}
     norm = (P(), "rules: replicated")
-    kv = (P(None, "fsdp", "tensor"), "rules embed->fsdp, kv_heads->tensor")
-    query = (P(None, "fsdp", "tensor"), "rules embed->fsdp, heads->tensor")
-    out = (P(None, "tensor", None, "fsdp"), "rules heads->tensor, embed->fsdp")
-    up = (P(None, "fsdp", "tensor"), "rules embed->fsdp, mlp->tensor")
-    down = (P(None, "tensor", "fsdp"), "rules mlp->tensor, embed->fsdp")
+    kv = (P(None, "fsdp", "tensor"), "rules embed->fsdp+context, kv_heads->tensor")
+    query = (P(None, "fsdp", "tensor"), "rules embed->fsdp+context, heads->tensor")
+    out = (P(None, "tensor", None, "fsdp"), "rules heads->tensor, embed->fsdp+context")
+    up = (P(None, "fsdp", "tensor"), "rules embed->fsdp+context, mlp->tensor")
+    down = (P(None, "tensor", "fsdp"), "rules mlp->tensor, embed->fsdp+context")
     assert told == {
-        "params/embedding/table": (P("tensor", "fsdp"), "rules vocab->tensor, embed->fsdp"),
-        "params/head/kernel": (P("fsdp", "tensor"), "rules embed->fsdp, vocab->tensor"),
+        "params/embedding/table": (P("tensor", "fsdp"), "rules vocab->tensor, embed->fsdp+context"),
+        "params/head/kernel": (P("fsdp", "tensor"), "rules embed->fsdp+context, vocab->tensor"),
         "params/final_norm/scale": norm,
         "params/blocks/attention_norm/scale": norm,
         "params/blocks/mlp_norm/scale": norm,

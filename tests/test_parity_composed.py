@@ -54,8 +54,10 @@ NEEDED = {
     "tensor": {"all-reduce"},
     "pipeline": {"collective-permute"},
 }
-# The embedding's gradient, or the vectors of few tokens; ring attention's sums of gradients; the
-# layers of uneven stages, which come from all devices.
+# Over both at one time, where a mesh has both.
+SHARDS = ("fsdp", "context")
+# The embedding's gradient, or the vectors of few tokens; gathered parameters, and ring attention's
+# sums of gradients; the layers of uneven stages, which come from all devices.
 ALLOWED = {
     "fsdp": {"all-to-all", "reduce-scatter"},
     "context": {"all-gather", "all-to-all", "reduce-scatter"},
@@ -161,6 +163,12 @@ MORE = [
         method="all_gather",
         kind="ragged",
     ),
+    Case(mesh={"pipeline": 2, "fsdp": 2, "context": 2}, pipeline=pipelined()),
+    Case(
+        mesh={"pipeline": 2, "fsdp": 2, "context": 2},
+        pipeline=pipelined("interleaved", gather="microbatch"),
+        num_layers=8,
+    ),
     Case(mesh={"fsdp": 2, "expert": 2, "tensor": 2}, moe=BIAS, kind="ragged", accumulation=2),
     # Stages of unlike size, and such whose work, head included, is as even as can be.
     Case(mesh={"pipeline": 2, "fsdp": 2}, pipeline=pipelined(gather="microbatch"), num_layers=5),
@@ -225,7 +233,7 @@ def check_shards(program: Program, case: Case) -> None:
             name = jax.tree_util.keystr(path)
             tensor = 1 if "router" in name else parts("tensor")
             expert = parts("expert") if "experts" in name else 1
-            shards = parts("fsdp", "pipeline") * tensor * expert
+            shards = parts("fsdp", "pipeline", "context") * tensor * expert
             assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * shards == leaf.size, name
 
 
@@ -244,10 +252,13 @@ def check_collectives(text: str | None, program: Program, case: Case) -> None:
             needed = {{"ring": ring, "ulysses": "all-to-all"}.get(case.method, "all-gather")}
             # A sequence is placed by permutations, whatever the method.
             allowed = allowed | {"collective-permute"}
-        assert needed <= {op for op, axes in kinds if axes == (axis,)}, axis
+        alone = {(axis,), SHARDS} if axis in SHARDS else {(axis,)}
+        assert needed <= {op for op, axes in kinds if axes in alone}, axis
         over = {op for op, axes in kinds if axis in axes}
         assert over <= needed | allowed, (axis, over)
-    assert {op for op, axes in kinds if len(axes) > 1} <= {"all-reduce"}
+    # Parameters over several axes are gathered over them at one time.
+    together = {axes for op, axes in kinds if len(axes) > 1 and op != "all-reduce"}
+    assert together <= {SHARDS}
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)

@@ -153,13 +153,13 @@ def gather_costs(
         For `step` and `microbatch`: `wire_bytes` that a device sends in a step (ring algorithms),
         and `held_bytes` that it keeps through the step for weights and gradients.
     """
-    size = mesh["fsdp"]
-    values = 0
+    size, values = mesh["fsdp"], 0
+    gathered = ("fsdp", "context", AXIS)
     for path, plan in plans.items():
         dims = dims_of(plan.spec, ndim=len(plan.shape))
         axes = [a for dim in dims for a in dim]
         if path.split("/")[0] == stack and "fsdp" in axes:
-            kept = math.prod(mesh[a] for a in axes if a not in ("fsdp", AXIS))
+            kept = math.prod(mesh[a] for a in axes if a not in gathered)
             layers = max(stages.sizes) * stages.num_chunks
             values += math.prod(plan.shape[1:]) * layers // kept
     uses = schedule.num_microbatches * num_parts

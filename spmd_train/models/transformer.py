@@ -293,7 +293,7 @@ class Transformer(nnx.Module):
         return x_BTD, Cache(caches, seen, cache.end + x_BTD.shape[1]), routing, operands
 
     def head_kernel(self) -> jax.Array:
-        """The output head [D, V] in the compute dtype, gathered over the batch's mesh axes."""
+        """The output head [D, V] in the compute dtype, gathered over the tokens' mesh axes."""
         dtype = jnp.dtype(self.config.compute_dtype)
         if self.head is None:
             return _ready(self.embedding, "embedding", dtype).table[...].T

@@ -283,7 +283,7 @@ def run_experts(
     Args:
         x_BTD: tokens; sharded as `batch` and `sequence`.
         routing: of each token.
-        kernels: gathered over the batch's mesh axes, but for those of the logical axis `expert`.
+        kernels: gathered over the tokens' mesh axes, but for those of the logical axis `expert`.
         config: moe's.
         quantization: `model.quantization`.
 

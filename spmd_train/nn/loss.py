@@ -68,7 +68,7 @@ def cross_entropy_sums(
 
     Args:
         hidden_BTD: last hidden states.
-        kernel_DV: the output head, gathered over the batch's mesh axes.
+        kernel_DV: the output head, gathered over the tokens' mesh axes.
         targets_BT: int32.
         weights_BT: float32, 0 where there is nothing to predict.
         softcap: of the logits; 0: off.

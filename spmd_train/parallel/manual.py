@@ -160,7 +160,7 @@ def columns_to_keep(
         return ()
     rows, columns = dims_of(layout.param_specs[path], ndim=2)
     spec = layout.activation_spec(ids.shape, tokens)
-    spread = layout.gathered & set(dims_of(spec, ndim=1)[0])
+    spread = layout.gathered & set(axes_of(spec))
     if not columns or columns != layout.axes(axes[1]) or not spread.issuperset(columns):
         return ()
     own_tokens = ids.size // layout.size(axes_of(spec))
@@ -182,7 +182,7 @@ def take_rows(
     inside a `shard_map` it crashes.)
 
     Args:
-        table_RD: gathered over the batch's mesh axes, but for `columns`.
+        table_RD: gathered over the tokens' mesh axes, but for `columns`.
         ids: int32, one dim per entry of `tokens`.
         axes: logical axes of R and D.
         tokens: logical axes of the ids.

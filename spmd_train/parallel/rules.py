@@ -29,7 +29,7 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     # The residual stream between blocks; ("context", "tensor") is Megatron's sequence parallelism.
     "residual_sequence": ("context",),
     # Parameters, and the activations they make.
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -40,6 +40,9 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "layers": ("pipeline",),
     "expert": ("expert",),
 }
+
+_TOKENS = ("batch", "sequence", "residual_sequence")
+"""Logical axes of activations alone."""
 
 LogicalAxes = tuple[str | None, ...]
 RESIDUAL: LogicalAxes = ("batch", "residual_sequence", None)
@@ -129,6 +132,19 @@ class Layout:
             size *= self.mesh.shape[axis]
         return size
 
+    def with_whole_params(self, over: Collection[str]) -> Layout:
+        """The layout in which these mesh axes shard no parameter."""
+
+        def without(axes: Sequence[str]) -> tuple[str, ...]:
+            return tuple(a for a in axes if a not in over)
+
+        rules = {n: axes if n in _TOKENS else without(axes) for n, axes in self.rules.items()}
+        specs = {
+            path: to_spec([without(dim) for dim in dims_of(spec, ndim=len(spec))])
+            for path, spec in self.param_specs.items()
+        }
+        return dataclasses.replace(self, rules=rules, param_specs=specs)
+
     def with_copies(self, axis: str) -> Layout:
         """The layout in which `axis` shards no parameter: it copies the model and splits the batch.
 
@@ -136,17 +152,9 @@ class Layout:
         """
         if self.mesh.shape[axis] == 1:
             return self
-
-        def without(axes: Sequence[str]) -> tuple[str, ...]:
-            return tuple(a for a in axes if a != axis)
-
-        rules = {name: without(axes) for name, axes in self.rules.items()}
-        rules["batch"] = (axis, *rules["batch"])
-        specs = {
-            path: to_spec([without(dim) for dim in dims_of(spec, ndim=len(spec))])
-            for path, spec in self.param_specs.items()
-        }
-        return dataclasses.replace(self, rules=rules, param_specs=specs)
+        whole = self.with_whole_params((axis,))
+        rules = {**whole.rules, "batch": (axis, *whole.rules["batch"])}
+        return dataclasses.replace(whole, rules=rules)
 
     def constrain_params(self, params: Any) -> Any:
         """Lays a tree of parameters out as this layout says."""
@@ -159,7 +167,8 @@ class Layout:
     @property
     def gathered(self) -> frozenset[str]:
         """Mesh axes that hold shards of parameters but compute with whole ones (`unshard`)."""
-        return frozenset(self.axes("batch")) - frozenset(self.axes("expert"))
+        tokens = frozenset((*self.axes("batch"), *self.axes("sequence")))
+        return tokens - frozenset(self.axes("expert"))
 
     @property
     def computes_whole(self) -> bool:
@@ -272,7 +281,7 @@ def unshard(
     stacked: bool = False,
     keep: Collection[str] = (),
 ) -> nnx.State:
-    """Makes parameters ready to compute with: cast, then gathered over the batch's mesh axes.
+    """Makes parameters ready to compute with: cast, then gathered over the tokens' mesh axes.
 
     Matrices are cast to `dtype` first, so that half the bytes travel; vectors (norm scales) and
     routers keep theirs. Shards along tensor and expert axes stay where they are. The gradient

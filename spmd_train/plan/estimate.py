@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spmd_train.config import ExperimentConfig
 from spmd_train.parallel.chips import Chip
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state
-from spmd_train.parallel.rules import make_rules
+from spmd_train.parallel.rules import axes_of, make_rules
 from spmd_train.parallel.stages import loads, make_stages
 from spmd_train.plan.candidates import Candidate, Ticks
 from spmd_train.plan.network import Span, seconds_of
@@ -68,6 +68,12 @@ class _Sent:
     payload: float
     count: int
     by_layer: bool = False
+
+
+def shard_axes(config: ExperimentConfig, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes over which parameters are gathered before they are computed with."""
+    embed = make_rules(config.sharding)["embed"]
+    return tuple(a for a in embed if a in ("fsdp", "context") and mesh.get(a, 1) > 1)
 
 
 def plans_on(
@@ -126,7 +132,7 @@ def estimate(
     split = num_devices // (tensor * stages)
     parts = candidate.accumulation * (ticks.num_microbatches if ticks else 1)
     micro = config.train.global_batch_size * config.data.sequence_length // (split * parts)
-    in_compute = _gathered_bytes(plans, mesh, width)
+    in_compute = _gathered_bytes(plans, mesh, shard_axes(config, mesh), width)
     sent = _sent(candidate, config, gathered=in_compute, micro=micro, plans=plans)
 
     kept = (trace.kept_wide / (split * stages) + trace.kept_inner / num_devices) / parts
@@ -138,7 +144,7 @@ def estimate(
             ticks, config, in_compute=in_compute, micro=micro, layers=layers, tensor=tensor
         )
     else:
-        saved = candidate.remat == "none" and mesh.get("fsdp", 1) > 1
+        saved = candidate.remat == "none" and bool(shard_axes(config, mesh))
         held = in_compute * (saved + 3 / max(layers, 1))
     temporary = kept + held + state.gradients + working + logits
     peak_bytes = state.parameters + state.optimizer + temporary
@@ -225,15 +231,16 @@ def _held_by_stage(
     return in_compute * (1 + 4 / width) + slots * micro * model.embed_dim * width + deferred
 
 
-def _gathered_bytes(plans: Mapping[str, LeafPlan], mesh: Mapping[str, int], width: int) -> float:
+def _gathered_bytes(
+    plans: Mapping[str, LeafPlan], mesh: Mapping[str, int], shards: Sequence[str], width: int
+) -> float:
     """Parameters of one tensor shard in the compute dtype: what a device computes with."""
-    fsdp = mesh.get("fsdp", 1)
     return sum(
         math.prod(plan.shape)
         * plan.bytes_per_device
         / plan.bytes
         * width
-        * (fsdp if "fsdp" in str(plan.spec) else 1)
+        * math.prod(mesh[a] for a in axes_of(plan.spec) if a in shards)
         for path, plan in plans.items()
         if path.startswith("params/")
     )
@@ -249,18 +256,18 @@ def _sent(
 ) -> list[_Sent]:
     """The collectives of a step: parameters gathered, gradients and activations summed."""
     mesh, model, ticks = candidate.mesh, config.model, candidate.ticks
-    width = _COMPUTE_BYTES[model.compute_dtype]
+    width, shards = _COMPUTE_BYTES[model.compute_dtype], shard_axes(config, candidate.mesh)
     times = candidate.accumulation * (ticks.num_microbatches if ticks else 1)
     sent = []
-    if mesh.get("fsdp", 1) > 1:
+    if shards:
         if ticks and config.pipeline.gather == "step":
-            sent.append(_Sent("all-gather", ("fsdp",), gathered, 1))
-            sent.append(_Sent("reduce-scatter", ("fsdp",), gathered * 4 / width, 1))
+            sent.append(_Sent("all-gather", shards, gathered, 1))
+            sent.append(_Sent("reduce-scatter", shards, gathered * 4 / width, 1))
         else:
             gathers = (1 if candidate.remat == "none" else 2) + (1 if ticks else 0)
-            sent.append(_Sent("all-gather", ("fsdp",), gathered, gathers * times, by_layer=True))
+            sent.append(_Sent("all-gather", shards, gathered, gathers * times, by_layer=True))
             # What compilers make of a gradient that ends up sharded: an all-reduce, then a slice.
-            sent.append(_Sent("all-reduce", ("fsdp",), gathered, times, by_layer=True))
+            sent.append(_Sent("all-reduce", shards, gathered, times, by_layer=True))
     copies = tuple(a for a in ("replica", "data") if mesh.get(a, 1) > 1)
     if copies:
         gradients = state_bytes(plans).gradients

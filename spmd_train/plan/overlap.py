@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from spmd_train.inspect.collectives import Collective
+from spmd_train.parallel.context_methods import METHODS
 from spmd_train.plan.hlo_cost import ProgramCost
 
 PURPOSES = {
@@ -22,7 +23,7 @@ PURPOSES = {
 }
 """What a step sends for, and in words."""
 
-_BATCH_AXES = frozenset(("replica", "data", "fsdp"))
+_TOKEN_AXES = frozenset(("replica", "data", "fsdp", "context"))
 _REDUCTIONS = ("all-reduce", "reduce-scatter")
 
 
@@ -74,18 +75,20 @@ def overlap(collectives: Sequence[Collective], cost: ProgramCost) -> dict[str, O
 def purpose_of(collective: Collective) -> str:
     """What a collective is for, a key of `PURPOSES`, by its op, axes, dtype and phase.
 
-    A gather of floats over an axis of the batch is one of parameters: activations lie along it. A
-    reduction over such an axis is one of gradients (the head's is made in the forward pass), but
-    for the sums of the forward pass (losses) and of the optimizer (norms). A permutation in a
-    collective matmul is what it is a part of.
+    A gather of floats over an axis of the tokens is one of parameters, but for those of an
+    attention that the axis splits: activations lie along it. A reduction over such an axis is one
+    of gradients (the head's is made in the forward pass), but for the sums of the forward pass
+    (losses) and of the optimizer (norms). A permutation in a collective matmul is what it is a part
+    of.
     """
     op = collective.part_of or collective.op
-    over_batch = not _BATCH_AXES.isdisjoint(collective.axes)
-    phase = collective.scope.partition("/")[0]
+    scopes = collective.scope.split("/")
+    over_tokens = not _TOKEN_AXES.isdisjoint(collective.axes) and METHODS.keys().isdisjoint(scopes)
+    phase = scopes[0]
     is_sum = phase in ("forward", "optimizer") and collective.source == "reduce_sum"
-    if op == "all-gather" and over_batch and "f" in collective.dtype:
+    if op == "all-gather" and over_tokens and "f" in collective.dtype:
         return "parameter_gathers"
-    if op in _REDUCTIONS and over_batch and not is_sum:
+    if op in _REDUCTIONS and over_tokens and not is_sum:
         return "gradient_reductions"
     return "tensor_parallel" if collective.axes == ("tensor",) else "other"
 

@@ -13,7 +13,7 @@ from spmd_train.parallel.mesh import make_mesh
 from spmd_train.plan.answer import Plan, chip_with, make_plan, memory_of, times_of
 from spmd_train.plan.candidates import REMAT, Candidate, candidates_on, mesh_config, meshes
 from spmd_train.plan.compiled import DoesNotFitError, compile_step
-from spmd_train.plan.estimate import Estimate, estimate, plans_on
+from spmd_train.plan.estimate import Estimate, estimate, plans_on, shard_axes
 from spmd_train.plan.network import Span, span_of
 from spmd_train.plan.search_table import Row, SearchResult
 from spmd_train.plan.targets import Target
@@ -78,7 +78,8 @@ def search(
             plans = plans_on(program, config, mesh)
         except ConfigError:
             continue
-        spans = _spans(mesh, dcn, devices=devices, target=target)
+        shards = shard_axes(config, mesh)
+        spans = _spans(mesh, dcn, shards=shards, devices=devices, target=target)
         if spans is None:
             continue
         for candidate in candidates_on(config, mesh, dcn):
@@ -194,7 +195,12 @@ def _traces(
 
 
 def _spans(
-    mesh: Mapping[str, int], dcn: Mapping[str, int], *, devices: Sequence[Any], target: Target
+    mesh: Mapping[str, int],
+    dcn: Mapping[str, int],
+    *,
+    shards: tuple[str, ...],
+    devices: Sequence[Any],
+    target: Target,
 ) -> dict[tuple[str, ...], Span] | None:
     """The wires of the groups that the formulas know; None if the devices cannot lie so."""
     try:
@@ -202,7 +208,7 @@ def _spans(
     except (ConfigError, NotImplementedError):
         return None
     copies = tuple(a for a in ("replica", "data") if mesh[a] > 1)
-    groups = [("fsdp",), ("tensor",), ("pipeline",), *([copies] if copies else [])]
+    groups = [("tensor",), ("pipeline",), *(axes for axes in (shards, copies) if axes)]
     return {axes: span_of(axes, mesh=laid, target=target) for axes in groups}
 
 

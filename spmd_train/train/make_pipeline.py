@@ -44,7 +44,9 @@ def pipeline_rules(
     stages = _make_stages(model.task, mesh, config)
     if not stages.in_order and "layers" not in sharding.rules and "embed" not in sharding.rules:
         rules["layers"] = ()
-        rules["embed"] = (*rules["embed"], AXIS)
+        whole = rules["sequence"]  # Innermost: gathered before the loop, by parts in order.
+        embed = [a for a in rules["embed"] if a not in whole]
+        rules["embed"] = (*embed, AXIS, *(a for a in rules["embed"] if a in whole))
         _check_embed(rules["embed"], stages, balance=config.balance, model=model, mesh=mesh)
     return rules
 
@@ -134,13 +136,14 @@ def make_pipeline(
     pipe = Pipeline(
         task=task,
         model=model,
-        layout=layout,
+        layout=layout.with_whole_params(layout.axes("sequence")),
+        param_specs=layout.param_specs,
         schedule=schedule,
         stages=stages,
         num_parts=train.grad_accumulation,
         gather=config.gather,
     )
-    for path, spec in layout.param_specs.items():
+    for path, spec in pipe.layout.param_specs.items():
         _check_leaf(path, dims_of(spec, ndim=1), pipe)
     return pipe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,8 @@ class Pipeline:
     Attributes:
         task: what is learnt.
         model: its module as a function of parameters.
-        layout: mesh, rules and specs.
+        layout: mesh, rules and specs in the loop: what splits a sequence shards no parameter.
+        param_specs: of the parameters outside of it.
         schedule: the table.
         stages: which layers lie where.
         num_parts: accumulation parts; each goes through the whole schedule.
@@ -47,6 +48,7 @@ class Pipeline:
     task: LayeredTask
     model: FunctionalModel
     layout: Layout
+    param_specs: Mapping[str, P]
     schedule: Schedule
     stages: Stages
     num_parts: int
@@ -87,8 +89,7 @@ class Pipeline:
         planned, specs = self.layout.param_specs[leaf_path(path)], to_spec(self._loop_dims(path))
         mesh = self.layout.mesh
         if not self.is_stacked(path):
-            to = NamedSharding(mesh, planned if back else specs)
-            return jax.lax.with_sharding_constraint(w, to)
+            return self._laid_out(w, planned if back else specs)
         return jax.shard_map(
             functools.partial(f, dim=dim),
             mesh=mesh,
@@ -102,9 +103,12 @@ class Pipeline:
         dtype, layers = jnp.dtype(self.task.compute_dtype), self.stages.layers
 
         def one(path: Any, w: jax.Array) -> jax.Array:
-            if self._moved_dim(path) is not None:
-                stacked = self.is_stacked(path)
-                w = w.astype(compute_dtype(leaf_path(path), w, dtype, stacked=stacked))
+            leaf = leaf_path(path)
+            gathered = self.param_specs[leaf] != self.layout.param_specs[leaf]
+            if gathered or self._moved_dim(path) is not None:
+                w = w.astype(compute_dtype(leaf, w, dtype, stacked=self.is_stacked(path)))
+            if gathered:
+                w = self._laid_out(w, self.layout.param_specs[leaf])
             move = functools.partial(stages_lib.to_stages, all_layers=layers)
             return self._move(move, path, w, back=False)
 
@@ -117,9 +121,16 @@ class Pipeline:
             all_layers=self.stages.layers,
             num_layers=self.stages.num_layers,
         )
-        return jax.tree_util.tree_map_with_path(
-            lambda path, g: self._move(move, path, g, back=True), grads
-        )
+
+        def one(path: Any, g: jax.Array) -> jax.Array:
+            g, leaf = self._move(move, path, g, back=True), leaf_path(path)
+            planned = self.param_specs[leaf]
+            return g if planned == self.layout.param_specs[leaf] else self._laid_out(g, planned)
+
+        return jax.tree_util.tree_map_with_path(one, grads)
+
+    def _laid_out(self, w: jax.Array, spec: P) -> jax.Array:
+        return jax.lax.with_sharding_constraint(w, NamedSharding(self.layout.mesh, spec))
 
     def hand_dims(self, path: Any) -> stages_lib.Dims:
         """Mesh axes by hand of each dim of a leaf as it comes to the loop."""

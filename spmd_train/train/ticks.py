@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.nn.projection import weight_gradients
-from spmd_train.parallel.rules import to_spec, vary
+from spmd_train.parallel.rules import to_spec, use_layout, vary
 from spmd_train.parallel.schedules import Columns, forward_only
 from spmd_train.parallel.stages import AXIS
 from spmd_train.tasks import Batch, LayersOutput, LossOutput
@@ -85,7 +85,8 @@ def _by_hand(
         out_specs=(specs(pipe.model.split(params)[0]), P(), P()) if with_grads else P(),
         axis_names=set(pipe.hand),
     )
-    return f(pipe.to_stages(params), batch, key, place)
+    with use_layout(pipe.layout):
+        return f(pipe.to_stages(params), batch, key, place)
 
 
 class _Deferred(NamedTuple):
