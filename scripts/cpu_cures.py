@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--shape", default="S", choices=bench.SHAPES)
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--num_steps", type=int, default=10)
+    every = ",".join(CURES.values())
+    parser.add_argument("--only", default=every, help=f"comma-separated: {every}")
     parser.add_argument("--problem", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--without", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -125,7 +127,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         problem = pathlib.Path(folder) / "problem"
         bench.make_problem(problem, bench.SHAPES[args.shape], num_steps=1)
-        for name, cure in {"all of them": "", **CURES}.items():
+        chosen = {name: cure for name, cure in CURES.items() if cure in args.only.split(",")}
+        for name, cure in {"all of them": "", **chosen}.items():
             flags = [f"--problem={problem}", f"--without={cure}", f"--num_steps={args.num_steps}"]
             done = subprocess.run(
                 [sys.executable, __file__, *flags],

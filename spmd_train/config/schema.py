@@ -91,7 +91,9 @@ class MeshConfig:
         1, "shards of parameters, gradients and optimizer state (ZeRO-3)", at_least=1, or_equal=-1
     )
     expert: int = key(1, "shards of the experts", at_least=1, or_equal=-1)
-    context: int = key(1, "shards of the sequence", at_least=1, or_equal=-1)
+    context: int = key(
+        1, "shards of the sequence, and of all that fsdp shards", at_least=1, or_equal=-1
+    )
     tensor: int = key(1, "shards of every layer (Megatron)", at_least=1, or_equal=-1)
     dcn: DcnMeshConfig = section(DcnMeshConfig)
 
