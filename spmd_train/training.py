@@ -116,9 +116,11 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
                 meta = checkpoints.meta(good) if good in checkpoints.steps() else {}
                 skip = bad_batch + 1 - _next_batch(meta, good, rollbacks)
                 log.warning("%s: back to step %d, without the %d batches since", bad, good, skip)
+                # Nobody reads the file while the line is written.
+                cluster.meet_again()
                 if leader:
                     rollbacks.add(step=good, skip=skip, bad_step=bad.step, why=bad.why)
-                cluster.meet(f"rollback {rollbacks.count()} of step {bad.step}")
+                cluster.meet_again()
         if config.sample.prompt and leader and jax.process_count() == 1:
             with goodput.span("eval"):
                 text = sample_text(

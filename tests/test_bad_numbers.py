@@ -14,7 +14,14 @@ from helpers import by_path, program_of, put, random_batch
 from spmd_train import training
 from spmd_train.checkpoint import steps
 from spmd_train.cli.main import main
-from spmd_train.config import ConfigError, TrainConfig, load_config, parse
+from spmd_train.config import (
+    ConfigError,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    load_config,
+    parse,
+)
 from spmd_train.data import Dataset
 from spmd_train.observe import read_examples, read_jsonl
 from spmd_train.train.bad_numbers import BadStepError, NumbersWatch, read_bundle
@@ -61,6 +68,23 @@ def test_bad_numbers_skip_leaves_the_state():
     assert (by_path(state)["params/embedding/table"] != after["params/embedding/table"]).any()
 
 
+def test_bad_numbers_skip_takes_the_learning_rate_along():
+    """What is logged is what was applied, also after steps that were skipped."""
+    schedule = ScheduleConfig(name="linear", warmup_steps=10)
+    sgd = OptimizerConfig(name="sgd", b1=0.0, clip_norm=0.0, weight_decay=0.0, schedule=schedule)
+    program = program_of({}, bad_step="skip", optimizer=sgd, num_steps=100)
+    state = program.init(0)
+    for step in range(4):
+        batch = random_batch(seed=step)
+        if step in (1, 2):
+            batch["weights"][0, 3] = np.nan
+        before = by_path(state.params)
+        state, metrics = program.train_step(state, put(program, batch))
+    moved = math.sqrt(sum(np.sum((x - before[k]) ** 2) for k, x in by_path(state.params).items()))
+    applied = moved / float(metrics["grad_norm"])
+    assert applied == pytest.approx(float(metrics["learning_rate"]), rel=1e-3)
+
+
 def test_bad_numbers_skip_goes_on(tmp_path, poison):
     workdir = tmp_path / "run"
     training.train(config(workdir, train__bad_step="skip"), workdir=workdir)
@@ -89,6 +113,38 @@ def test_bad_numbers_rollback_leaves_the_data_out(tmp_path, poison):
         )
         training.train(longer, workdir=workdir)
         assert sorted(read_examples(workdir)) == list(range(33))
+
+
+POISON = """
+import time
+import numpy as np
+from spmd_train.data import Dataset
+from spmd_train.train.bad_numbers import Rollbacks
+
+batch, add = Dataset.batch, Rollbacks.add
+
+def poisoned(self, step, **options):
+    made = batch(self, step, **options)
+    if step in (12, 27):
+        made["weights"][0, 3] = np.nan
+    return made
+
+def late(self, **line):
+    time.sleep(0.5)
+    add(self, **line)
+
+Dataset.batch, Rollbacks.add = poisoned, late
+"""
+
+
+def test_bad_numbers_rollbacks_of_several_processes(tmp_path):
+    """One of them writes the line, the others may read it no sooner and no later."""
+    changes = {"train__bad_step": "rollback", "train__num_steps": 40}
+    words = faults.command(tmp_path / "run", devices=1, **changes)
+    codes, said = faults.run_together(words, folder=tmp_path, prelude={0: POISON, 1: POISON})
+    assert codes == [0, 0], said
+    lines = (tmp_path / "run" / "rollbacks.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20]
 
 
 def test_bad_numbers_abort_and_replay(tmp_path, poison, capsys):

@@ -172,6 +172,14 @@ def test_config_parse_refused_value_is_no_contradiction_too():
             },
             "up must be in one of them",
         ),
+        (
+            {"model.remat": "names", "model.remat_saved": "gate", "model.mlp": "gelu"},
+            "only swiglu has a gate",
+        ),
+        (
+            {"model.remat": "names", "model.remat_saved": "query,up", "moe.num_experts": 4},
+            "'up' is of an MLP that all tokens share",
+        ),
         ({"model.embed_dim": 20}, "must be even"),
         ({"model.rope.scaling": "llama3", "model.rope.low_freq_factor": 4.0}, "must be less than"),
         ({"loss.chunk_tokens": 100}, "chunk_tokens must divide sequence_length"),

@@ -222,13 +222,13 @@ def test_model_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert (layers[0] != layers[1]).mean() == pytest.approx(2 * 0.25 * 0.75, abs=0.01)
 
 
-@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("blocks", [2, 2.5, 4])
 @pytest.mark.parametrize("kept", [True, False])
 def test_model_attention_by_query_blocks_is_attention(
-    blocks: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+    blocks: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In value and gradient; `in_order=False` computes all scores at one time."""
-    length = blocks * attention.QUERY_BLOCK["cpu"]
+    length = int(blocks * attention.QUERY_BLOCK["cpu"])
     if not kept:
         monkeypatch.setattr(attention, "KEPT_SCORES", 0)
     keys = jax.random.split(jax.random.key(0), 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -139,3 +140,22 @@ def test_moe_parallel_bfloat16_runs():
     reference, _ = run_steps(program_of({}, moe=DROPLESS, model=model), batches("packed"))
     np.testing.assert_allclose(losses, reference, rtol=2e-3)
     assert jax.tree.leaves(program.abstract_state.params)[0].dtype == np.float32
+
+
+def test_moe_parallel_remat_keeps_what_experts_made():
+    """With their outputs a backward pass need not send the tokens to them again."""
+    exchanges = {}
+    for remat in ("none", "dots", "projections", "full"):
+        model = dataclasses.replace(MODEL, remat=remat)
+        program = program_of({"expert": 2}, moe=DROPLESS, model=model)
+        exchanges[remat] = program.lower_train_step().as_text().count("all_to_all")
+    assert exchanges["dots"] == exchanges["projections"] == exchanges["none"] < exchanges["full"]
+
+
+def test_moe_parallel_counts_and_routes_in_float32():
+    """Accelerators round what they multiply by default; a count over 256 would not be whole."""
+    text = program_of({"context": 2}, moe=CAPACITY).lower_train_step().as_text()
+    exact = re.findall(r"dot_general.*precision = \[HIGHEST, HIGHEST\].*-> tensor<(\S+)>", text)
+    assert {shape.count("x") for shape in exact} >= {3}, exact
+    logits = [shape for shape in exact if shape.endswith(f"x{CAPACITY.num_experts}xf32")]
+    assert len(logits) >= 2, exact

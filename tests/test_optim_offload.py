@@ -21,7 +21,7 @@ from helpers import (
 )
 
 from spmd_train.checkpoint.checkpointer import Checkpointer
-from spmd_train.config import CheckpointConfig
+from spmd_train.config import CheckpointConfig, ConfigError, ShardingConfig
 from spmd_train.parallel.replicas import CorruptStateError, ReplicaCheck
 from spmd_train.plan.sizes import state_bytes
 
@@ -136,3 +136,12 @@ def test_offload_counts_no_moments_on_the_device() -> None:
     assert here.host == 2 * here.parameters
     assert here.host + here.optimizer == there.optimizer
     assert here.optimizer < 100
+
+
+def test_offload_refuses_layers_that_are_shared_out_in_two_ways() -> None:
+    with pytest.raises(ConfigError, match=r"a device has 2 and .*mlp/up/kernel a device has 1"):
+        program_of(
+            {"fsdp": 2},
+            optimizer=dataclasses.replace(OPTIMIZER, offload="host"),
+            sharding=ShardingConfig(overrides={"blocks/mlp/up/kernel": "fsdp"}),
+        )

@@ -146,3 +146,8 @@ def test_pipeline_chooses_microbatches_that_divide():
     assert program({"pipeline": 2}).pipeline.schedule.num_microbatches == 8
     built = program({"pipeline": 2, "data": 2}, accumulation=2)
     assert built.pipeline.schedule.num_microbatches == 4
+
+
+def test_pipeline_devices_have_no_tokens_of_their_own():
+    with pytest.raises(ConfigError, match=r"rules.sequence: pipeline has pipeline.* leave it out"):
+        program({"pipeline": 2}, rules={"sequence": "pipeline"})

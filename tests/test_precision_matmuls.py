@@ -144,3 +144,11 @@ def test_precision_without_its_library_is_refused(monkeypatch):
         program_of({})
     finally:
         dots_of.cache_clear()
+
+
+@pytest.mark.parametrize("name", OUTPUT_ERROR)
+def test_precision_of_next_to_nothing_is_next_to_nothing(name):
+    """A row whose scale float32 could not hold."""
+    x = jnp.full((2, 16), 1e-36, jnp.float32)
+    y = project(x, jnp.ones((16, 8)), quantization=name)
+    np.testing.assert_allclose(y, 0, atol=1e-30)

@@ -263,3 +263,17 @@ def test_train_metrics_are_sums_over_the_batch() -> None:
     assert float(metrics["weight_sum"]) == float(metrics["loss_sum"]) == 0
     assert float(metrics["grad_norm"]) == 0
     assert largest_difference(state.params, start)[0] == 0
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 2}])
+def test_program_evaluates_by_microbatches(mesh) -> None:
+    """What fits while it trains fits while it is evaluated; the sums are the same."""
+    sums, memory = [], []
+    for most in (0, 2):
+        program = program_of(mesh, max_device_batch=most)
+        params, batch = program.init(0).params, put(program, random_batch("ragged"))
+        step = program.eval_step.lower(params, batch).compile()
+        memory.append(step.memory_analysis().temp_size_in_bytes)
+        sums.append({name: float(x) for name, x in step(params, batch).items()})
+    assert sums[1] == pytest.approx(sums[0], rel=1e-5)
+    assert memory[1] < memory[0] / 2

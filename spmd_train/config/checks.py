@@ -36,7 +36,7 @@ def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
     yield from _sharding_conflicts(config.sharding)
     yield from _pipeline_conflicts(config)
     yield from _model_conflicts(config.model)
-    yield from _remat_conflicts(config.model)
+    yield from _remat_conflicts(config.model, config.moe)
     yield from _moe_conflicts(config)
     yield from _data_conflicts(config.data)
     yield from _length_conflicts(config)
@@ -113,7 +113,7 @@ def _pattern_conflicts(path: str, value: str, pattern: str) -> Iterator[Conflict
         yield Conflict({path: value}, f"{pattern!r} must be a regular expression: {error}")
 
 
-def _remat_conflicts(model: schema.ModelConfig) -> Iterator[Conflict]:
+def _remat_conflicts(model: schema.ModelConfig, moe: schema.MoEConfig) -> Iterator[Conflict]:
     texts = {
         "model.remat_saved": model.remat_saved,
         "model.remat_offloaded": model.remat_offloaded,
@@ -130,6 +130,16 @@ def _remat_conflicts(model: schema.ModelConfig) -> Iterator[Conflict]:
                     {path: text},
                     f"{name!r} must be one of {', '.join(schema.REMAT_NAMES)}; the nearest is "
                     f"{nearest(name, schema.REMAT_NAMES)}",
+                )
+            elif name in ("gate", "up", "down") and moe.num_experts and not moe.num_shared_experts:
+                yield Conflict(
+                    {path: text, "moe.num_experts": moe.num_experts},
+                    f"{name!r} is of an MLP that all tokens share, and this model has routed experts "
+                    "only; leave it out, or use model.remat=projections, which keeps theirs",
+                )
+            elif name == "gate" and model.mlp != "swiglu":
+                yield Conflict(
+                    {path: text, "model.mlp": model.mlp}, "only swiglu has a gate; leave it out"
                 )
     saved, offloaded = model.remat_names
     for name in saved:

@@ -412,7 +412,7 @@ class OptimizerConfig:
         at_most=0.9999999,
     )
     b2: float = key(0.95, "second-moment decay", at_least=0, at_most=0.9999999)
-    epsilon: float = key(1e-8, "added to the denominator", at_least=0)
+    epsilon: float = key(1e-8, "added to the denominator", above=0)
     clip_norm: float = key(1.0, "gradients are scaled down to this global norm; 0: off", at_least=0)
     ema_decay: float = key(
         0.0, "exponential moving average of parameters; 0: off", at_least=0, at_most=0.9999999

@@ -35,7 +35,7 @@ REMAT_POLICIES: dict[str, Callable[[ModelConfig], Any]] = {
     "full": lambda config: jax.checkpoint_policies.nothing_saveable,
     "dots": lambda config: jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable,
-        jax.checkpoint_policies.save_only_these_names(by_kernel.SAVED_NAME),
+        jax.checkpoint_policies.save_only_these_names(SAVED_NAME, by_kernel.SAVED_NAME),
     ),
     "projections": lambda config: jax.checkpoint_policies.save_only_these_names(
         SAVED_NAME, by_kernel.SAVED_NAME

@@ -87,7 +87,7 @@ def attend(
         segments = queries.segment_ids
         return flash_attend(q_BTHK, k_BSGK, v_BSGK, kernel=kernel, segments_BT=segments, **scoring)
     size = QUERY_BLOCK[current_platform()]
-    if not in_order or length <= size or length % size:
+    if not in_order or length <= size:
         return _attend_block(q_BTHK, k_BSGK, v_BSGK, queries, keys, softcap, window)
 
     # One block of queries after another against the keys so far: half the work.
@@ -96,7 +96,7 @@ def attend(
         block = jax.checkpoint(_attend_block, static_argnums=(5, 6))
     outputs = []
     for start in range(0, length, size):
-        end = start + size
+        end = min(start + size, length)
         first = max(0, start + 1 - window) // size * size if window else 0
         rows = Tokens(*(x[:, start:end] for x in queries))
         seen = Tokens(*(x[:, first:end] for x in keys))

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MESH_AXES, MoEConfig
 from spmd_train.nn.activations import swiglu
 from spmd_train.nn.grouped import grouped_by_kernel
-from spmd_train.nn.projection import project_by_experts
+from spmd_train.nn.projection import SAVED_NAME, project_by_experts
 from spmd_train.nn.routing import Routing, expert_capacity
 from spmd_train.parallel.manual import (
     add_up_parts,
@@ -399,6 +400,8 @@ def run_experts(
     def forward(*args: Any):
         run = by_hand(outputs, in_specs=in_specs, out_specs=(spec, each))
         y, pull = opaque(run)(*args)
+        # Remat sees one step here: with a projection's outputs it keeps what else goes with them.
+        pull = jax.tree.map(lambda leaf: checkpoint_name(leaf, SAVED_NAME), pull)
         return y, (pull, args)
 
     def backward(saved: Any, g: jax.Array):

@@ -86,7 +86,7 @@ class MoE(nnx.Module):
             # Its gradient is summed whole: XLA would make parts of it and permute them between
             # devices, for which a pipeline's idle stages would have to wait.
             kernel_DE = constrain(self.router.kernel[...].astype(jnp.float32), (None, None))
-            logits_BTE = dot_float32(x32_BTD, kernel_DE)
+            logits_BTE = dot_float32(x32_BTD, kernel_DE, precision=jax.lax.Precision.HIGHEST)
             routing, stats = route(
                 constrain(logits_BTE, ("batch", "sequence", None)),
                 bias_E=None if self.bias is None else self.bias[...],

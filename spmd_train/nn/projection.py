@@ -228,9 +228,16 @@ class Projection(nnx.Module):
         )
 
 
-def dot_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[..., D] times [D, V] with a float32 result: logits."""
-    return jnp.einsum("...d,dv->...v", x, kernel, preferred_element_type=jnp.float32)
+def dot_float32(
+    x: jax.Array, kernel: jax.Array, *, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """[..., D] times [D, V] with a float32 result: logits.
+
+    `precision`: of the product of float32 inputs, which accelerators round by default.
+    """
+    return jnp.einsum(
+        "...d,dv->...v", x, kernel, preferred_element_type=jnp.float32, precision=precision
+    )
 
 
 class Operands(NamedTuple):

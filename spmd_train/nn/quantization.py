@@ -103,7 +103,9 @@ def _quantized_dot(
             largest = jax.lax.pcast(jax.lax.pmax(largest, split), split, to="varying")
         is_integer = jnp.issubdtype(dtype, jnp.integer)
         limits = jnp.iinfo(dtype) if is_integer else jnp.finfo(dtype)
-        scale = jnp.where(largest == 0, 1, largest / float(limits.max))
+        # A row of nothing, or next to it, has no scale of its own that float32 could hold.
+        scale = largest / float(limits.max)
+        scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1, scale)
         x = x / scale
         return qwix.QArray((jnp.round(x) if is_integer else x).astype(dtype), scale)
 

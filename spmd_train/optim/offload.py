@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spmd_train.config import ConfigError
 from spmd_train.parallel.rules import (
     Layout,
     LogicalAxes,
@@ -147,6 +148,24 @@ def with_host_state(
         )
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def check_layers(params: Any, layer_shards: Mapping[str, int]) -> None:
+    """Refuses parameters of which devices have different numbers of layers.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    found: dict[int, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if (name := leaf_path(path)) in layer_shards:
+            found.setdefault(leaf.shape[0] // layer_shards[name], name)
+    if len(found) > 1:
+        raise ConfigError(
+            "optimizer.offload = 'host': layers are updated one at a time, but of "
+            + " and ".join(f"{name} a device has {count}" for count, name in found.items())
+            + "; give their first dims the same axes in sharding.overrides, or set it to none"
+        )
 
 
 def layer_shards(logical_axes: Mapping[str, LogicalAxes | None], layout: Layout) -> dict[str, int]:

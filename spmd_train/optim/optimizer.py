@@ -13,7 +13,7 @@ import optax
 
 from spmd_train.config import ConfigError, OptimizerConfig
 from spmd_train.optim.muon import scale_by_muon_or_adam
-from spmd_train.optim.offload import with_host_state
+from spmd_train.optim.offload import check_layers, with_host_state
 from spmd_train.optim.schedule import make_schedule
 from spmd_train.optim.state_dtype import with_state_dtype
 from spmd_train.parallel.rules import LogicalAxes, leaf_path
@@ -77,19 +77,21 @@ def make_optimizer(
     )
     transform = _skipping(with_state_dtype(chain, dtype=config.state_dtype))
     if offloaded:
+        check_layers(params, layer_shards or {})
         return with_host_state(transform, clip=clip, layer_shards=layer_shards or {})
     return transform
 
 
 def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The same; where `good=` is false, the state stays what it was."""
+    """The same; where `good=` is false, the state stays what it was, but for the schedule's step."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, good: jax.Array | None = None, **_: Any
     ) -> tuple[Any, Any]:
         updates, new = inner.update(updates, state, params)
         if good is not None:
-            new = jax.tree.map(functools.partial(jnp.where, good), new, state)
+            kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
+            new = {**kept, "schedule": new["schedule"]}
         return updates, new
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -158,7 +160,7 @@ def _sgd(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTrans
 def _adafactor(config: OptimizerConfig, params: Any, axes: Any) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_factored_rms(
-            # It is added to the squared gradient, `epsilon` to the root; 0 would make 0 / 0.
+            # It is added to the squared gradient, `epsilon` to the root; in float32 it may be 0.
             epsilon=max(config.epsilon**2, 1e-30),
             decay_rate_fn=lambda step, _: jnp.minimum(
                 1.0 - (jnp.asarray(step) + 1.0) ** -0.8, config.b2

@@ -96,7 +96,10 @@ def sum_before(x_BTE: jax.Array) -> jax.Array:
     x_BNSE = x_BTE.reshape(x_BTE.shape[0], len(order), length // len(order), x_BTE.shape[2])
     inside = jnp.cumsum(x_BNSE, axis=2) - x_BNSE
     is_before = np.less.outer(order, order).astype(x_BTE.dtype)
-    blocks = jnp.einsum("bme,mn->bne", jnp.sum(x_BNSE, axis=2), is_before)
+    # Counts: by default accelerators would round what they multiply.
+    blocks = jnp.einsum(
+        "bme,mn->bne", jnp.sum(x_BNSE, axis=2), is_before, precision=jax.lax.Precision.HIGHEST
+    )
     return (inside + blocks[:, :, None]).reshape(x_BTE.shape)
 
 

@@ -48,11 +48,7 @@ def sum_gradients(
     gradient = jax.grad(scaled, has_aux=True)
 
     def accumulate(params: Params, batch: Batch) -> tuple[Params, LossOutput]:
-        # Microbatch i is every n-th example from i on: each device keeps the rows it has.
-        parts = {
-            name: jnp.moveaxis(x.reshape(-1, num_microbatches, *x.shape[1:]), 1, 0)
-            for name, x in batch.items()
-        }
+        parts = _microbatches(batch, num_microbatches)
 
         def add(total: tuple[Params, LossOutput], part: Batch):
             grads, sums = gradient(params, part)
@@ -87,6 +83,32 @@ def sum_gradients(
         else:
             grads, sums = accumulate(params, batch)
     return per_weight(grads, sums, scale=scale), sums
+
+
+def sum_losses(
+    loss: Callable[[Batch], LossOutput], batch: Batch, *, num_microbatches: int
+) -> LossOutput:
+    """The sums of a batch, microbatch by microbatch, without gradients."""
+    if num_microbatches == 1:
+        return loss(batch)
+    parts = _microbatches(batch, num_microbatches)
+
+    def add(total: LossOutput, part: Batch) -> tuple[LossOutput, None]:
+        return jax.tree.map(jnp.add, total, loss(part)), None
+
+    shapes = jax.eval_shape(loss, {name: x[0] for name, x in parts.items()})
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+    """Each with `count` as its first dim: microbatch i is every n-th example from i on.
+
+    So each device keeps the rows it has.
+    """
+    return {
+        name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()
+    }
 
 
 def loss_scale(batch: Batch) -> float:

@@ -41,6 +41,12 @@ def pipeline_rules(
     rules = dict(rules)
     if mesh.shape[AXIS] == 1:
         return {name: tuple(a for a in axes if a != AXIS) for name, axes in rules.items()}
+    for name in ("batch", "sequence", "residual_sequence"):
+        if AXIS in rules[name]:
+            raise ConfigError(
+                f"sharding.rules.{name}: {'+'.join(rules[name])} has {AXIS}, whose devices have "
+                "other layers, not other tokens; leave it out, or set mesh.pipeline to 1"
+            )
     stages = _make_stages(model.task, mesh, config)
     if not stages.in_order and "layers" not in sharding.rules and "embed" not in sharding.rules:
         rules["layers"] = ()

@@ -36,7 +36,7 @@ from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, sharding
 from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
 from spmd_train.parallel.sequence import check_sequence, place
 from spmd_train.tasks import Batch, LossOutput, ModelState, Task
-from spmd_train.train.accumulate import sum_gradients
+from spmd_train.train.accumulate import sum_gradients, sum_losses
 from spmd_train.train.make_pipeline import make_pipeline, pipeline_rules
 from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.state import FunctionalModel, Params, TrainState, join
@@ -226,7 +226,8 @@ def make_program(
             batch = placed(batch)
             if pipe is not None:
                 return _metrics(pipelined_sums(pipe, params, batch))
-            return _metrics(task.loss(model.merge(params), batch, key=None))
+            loss = functools.partial(task.loss, model.merge(params), key=None)
+            return _metrics(sum_losses(loss, batch, num_microbatches=num_microbatches))
 
     abstract = jax.eval_shape(init, 0)
     plans = plan_state(abstract, param_plans, rules=rules, mesh=mesh, offload=optimizer.offload)
