@@ -83,7 +83,9 @@ def test_offload_leaves_the_state_of_a_bad_step() -> None:
     bad = {**batch, "weights": batch["weights"] * np.float32(np.nan)}
     state, metrics = program.train_step(state, bad)
     assert float(metrics["skipped"])
-    for path, array in by_path((state.params, state.opt_state)).items():
+    after = by_path((state.params, state.opt_state))
+    assert after.pop("1/schedule/count") == before["1/schedule/count"] + 1
+    for path, array in after.items():
         np.testing.assert_array_equal(array, before[path], err_msg=path)
 
 

@@ -134,8 +134,8 @@ def _remat_conflicts(model: schema.ModelConfig, moe: schema.MoEConfig) -> Iterat
             elif name in ("gate", "up", "down") and moe.num_experts and not moe.num_shared_experts:
                 yield Conflict(
                     {path: text, "moe.num_experts": moe.num_experts},
-                    f"{name!r} is of an MLP that all tokens share, and this model has routed experts "
-                    "only; leave it out, or use model.remat=projections, which keeps theirs",
+                    f"{name!r} is of an MLP that all tokens share, and this model has routed "
+                    "experts only; leave it out, or use model.remat=projections, which keeps theirs",
                 )
             elif name == "gate" and model.mlp != "swiglu":
                 yield Conflict(

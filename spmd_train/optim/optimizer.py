@@ -83,15 +83,16 @@ def make_optimizer(
 
 
 def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The same; where `good=` is false, the state stays what it was, but for the schedule's step."""
+    """The same; where `good=` is false, nothing of the state changes but the schedule's step."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, good: jax.Array | None = None, **_: Any
     ) -> tuple[Any, Any]:
         updates, new = inner.update(updates, state, params)
         if good is not None:
-            kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
-            new = {**kept, "schedule": new["schedule"]}
+            schedule = new["schedule"]
+            new = jax.tree.map(functools.partial(jnp.where, good), new, state)
+            new["schedule"] = schedule
         return updates, new
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
