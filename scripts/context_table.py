@@ -40,8 +40,8 @@ def main():
         f"Written by `python scripts/context_table.py --target={args.target}`: {args.layers} "
         f"layers of `{args.config}` with 32,768 words, a sequence of {args.length:,} tokens on 4 "
         "chips (context 4, zigzag; parameters are copies: `sharding.rules.embed=fsdp`), per device "
-        "and step; `model.remat` full. Temporaries and traffic are of the program that the target's compiler made, the step is a roofline.\n\n"
-        + markdown_table(lines)
+        "and step; `model.remat` full. Temporaries and traffic are of the program that the "
+        "target's compiler made, the step is a roofline.\n\n" + markdown_table(lines)
     )
     write_section(args.table, f"Split sequences on {args.target}", text)
 

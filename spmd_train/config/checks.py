@@ -135,7 +135,7 @@ def _remat_conflicts(model: schema.ModelConfig, moe: schema.MoEConfig) -> Iterat
                 yield Conflict(
                     {path: text, "moe.num_experts": moe.num_experts},
                     f"{name!r} is of an MLP that all tokens share, and this model has routed "
-                    "experts only; leave it out, or use model.remat=projections, which keeps theirs",
+                    "experts only; leave it out, or set model.remat to projections, for theirs",
                 )
             elif name == "gate" and model.mlp != "swiglu":
                 yield Conflict(

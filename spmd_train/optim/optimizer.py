@@ -88,6 +88,7 @@ def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformati
     def update(
         updates: Any, state: Any, params: Any = None, *, good: jax.Array | None = None, **_: Any
     ) -> tuple[Any, Any]:
+        new: Any
         updates, new = inner.update(updates, state, params)
         if good is not None:
             schedule = new["schedule"]
