@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from spmd_train.checkpoint import Checkpointer
+from spmd_train.checkpoint.steps import committed_steps
 from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
 from spmd_train.nn.attention import check_attention
@@ -179,7 +180,7 @@ def import_params(
         ConfigError: the workdir has checkpoints.
     """
     experiment = build(config)
-    if (Path(workdir) / "checkpoints").is_dir():
+    if committed_steps(Path(workdir) / "checkpoints"):
         raise ConfigError(f"--workdir={workdir}: has checkpoints already; give a new folder")
     params = load(experiment.program.abstract_state.params)
     state = experiment.program.init_from(params)

@@ -24,7 +24,7 @@ from spmd_train.config import (
 )
 from spmd_train.data import Dataset
 from spmd_train.observe import read_examples, read_jsonl
-from spmd_train.train.bad_numbers import BadStepError, NumbersWatch, read_bundle
+from spmd_train.train.bad_numbers import BadStepError, NumbersWatch, Rollbacks, read_bundle
 
 POISONED = 12
 
@@ -190,3 +190,14 @@ def test_bad_numbers_skips_in_a_row_end_the_run():
     watch.check(5, loss=1.0, grad_norm=math.inf)
     with pytest.raises(BadStepError, match="3 steps in a row"):
         watch.check(6, loss=1.0, grad_norm=math.inf)
+
+
+def test_bad_numbers_rollbacks_survive_half_a_line(tmp_path):
+    rollbacks = Rollbacks(tmp_path)
+    line = {"step": 10, "skip": 3, "bad_step": 13, "why": "nan"}
+    rollbacks.add(**line)
+    with (tmp_path / "rollbacks.jsonl").open("ab") as file:
+        file.write(b'{"step": 20, "sk')
+    assert rollbacks.count() == 1
+    rollbacks.add(**line | {"step": 20})
+    assert rollbacks.count() == 2 and rollbacks.skipped(20) == 3

@@ -146,3 +146,15 @@ def test_observe_memory_names_what_it_measured():
             return {"bytes_in_use": 1, "peak_bytes_in_use": self.peak}
 
     assert device_memory_bytes([Device(5), Device(9)]) == {"device_memory_bytes": 9}
+
+
+def test_observe_flops_of_a_window_are_of_the_keys_that_it_shows():
+    length, window = 64, 16
+    config = ModelConfig(num_layers=2, embed_dim=128, num_heads=4, sliding_window=window)
+    whole = dataclasses.replace(config, sliding_window=0)
+    saved = model_flops_per_token(whole, sequence_length=length) - model_flops_per_token(
+        config, sequence_length=length
+    )
+    # Of T x T / 2 pairs those of a triangle of T - W a side are hidden; 12 FLOPs a pair and number.
+    pairs = (length - window) ** 2 / 2
+    assert saved == pytest.approx(12 * 2 * 128 * pairs / length)

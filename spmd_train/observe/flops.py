@@ -32,8 +32,9 @@ def model_flops_per_token(
     query heads, Q head_dim, T tokens. That is PaLM's count (Chowdhery et al., arXiv:2204.02311,
     appendix B: `6 N + 12 L H Q T`) with the attention term **halved**, because a causal token
     attends to (T + 1) / 2 positions on average: work that a kernel may skip is not credited.
-    Recomputation (remat) is not counted, nor are embedding lookups, norms and softmax. Document
-    boundaries in packed sequences are ignored.
+    With `model.sliding_window` = W < T it attends to W (1 - W / 2T) on average. Recomputation
+    (remat) is not counted, nor are embedding lookups, norms and softmax. Document boundaries in
+    packed sequences are ignored.
 
     Args:
         config: the model's.
@@ -44,7 +45,9 @@ def model_flops_per_token(
         FLOPs per token; a multiply and an add are two.
     """
     attention = 6 * config.num_layers * config.num_heads * config.resolved_head_dim
-    attention *= sequence_length
+    # The keys that a window hides leave a triangle of the queries' pairs, of T - W a side.
+    hidden = max(sequence_length - (config.sliding_window or sequence_length), 0)
+    attention *= sequence_length - hidden**2 / sequence_length
     return float(6 * matmul_parameters(config, moe) + attention)
 
 

@@ -80,11 +80,13 @@ def _changes(config: ExperimentConfig, plan: Plan) -> Iterator[dict[str, Any]]:
     fsdp = {"mesh.data": 1, "mesh.replica": 1, "mesh.fsdp": copies * mesh.get("fsdp", 1)}
     crosses = any(n > 1 for n in dataclasses.asdict(config.mesh.dcn).values())
     half = plan.usable_bytes // 2
-    if copies > 1 and not crosses and plan.state.parameters + plan.state.optimizer > half:
+    can_shard = copies > 1 and not crosses
+    first = can_shard and plan.state.parameters + plan.state.optimizer > half
+    if first:
         yield fsdp
     if remat:
-        yield remat
-    if copies > 1 and not crosses:
+        yield fsdp | remat if first else remat
+    if can_shard and not first:
         yield fsdp
     for n in accumulation:
         yield {"train.grad_accumulation": n} | remat

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -40,14 +39,6 @@ def state_bytes(plans: Mapping[str, LeafPlan]) -> StateBytes:
         gradients=sum(
             plan.bytes_per_device * 4 // np.dtype(_numpy(plan.dtype)).itemsize for plan in params
         ),
-    )
-
-
-def batch_bytes(abstract_batch: Mapping[str, Any]) -> int:
-    """Bytes per device of a batch, every array of it."""
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * np.dtype(array.dtype).itemsize
-        for array in abstract_batch.values()
     )
 
 

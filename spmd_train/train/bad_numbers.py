@@ -102,7 +102,10 @@ class Rollbacks:
     def add(self, *, step: int, skip: int, bad_step: int, why: str) -> None:
         """Notes a rollback to `step` that leaves out `skip` batches; on disk when it returns."""
         line = json.dumps({"step": step, "skip": skip, "bad_step": bad_step, "why": why})
+        whole = self._path.read_bytes() if self._path.exists() else b""
         with self._path.open("ab") as file:
+            # What a process that was killed has left of a line.
+            file.truncate(whole.rfind(b"\n") + 1)
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
