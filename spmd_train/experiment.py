@@ -185,6 +185,7 @@ def import_params(
     params = load(experiment.program.abstract_state.params)
     state = experiment.program.init_from(params)
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
+        checkpoints.newest_good()  # Puts aside what an import that was killed has left.
         checkpoints.save(0, state, {"config": to_dict(config)})
         checkpoints.wait()
     write_text(Path(workdir) / "config.json", to_json(config))

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from spmd_train import experiment
 from spmd_train.checkpoint import Checkpointer
+from spmd_train.checkpoint.steps import committed_steps
 from spmd_train.cli.main import main
 from spmd_train.config import load_config, parse
 
@@ -90,3 +91,16 @@ def test_interop_convert_imports_and_exports(hf_dir, tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 2048
     assert convert("export", f"--workdir={workdir}", f"--hf_dir={out}") == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_interop_convert_imports_again_after_it_was_killed(hf_dir, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    words = ["import", f"--config={CONFIG}", f"--hf_dir={hf_dir}", f"--workdir={workdir}"]
+    words += fitting_overrides(hf_dir, workdir, capsys)
+    half = workdir / "checkpoints" / "0" / "state"
+    half.mkdir(parents=True)
+    (half / "part").write_bytes(b"half a file")
+    assert convert(*words) == 0
+    assert committed_steps(workdir / "checkpoints") == [0]
+    assert convert(*words) == 2
+    assert "has checkpoints already" in capsys.readouterr().err

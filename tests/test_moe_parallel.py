@@ -13,8 +13,10 @@ from helpers import (
     BIAS,
     CAPACITY,
     DROPLESS,
+    LENGTH,
     MODEL,
     ROUNDS,
+    TRAIN,
     largest_difference,
     program_of,
     random_batch,
@@ -156,6 +158,6 @@ def test_moe_parallel_counts_and_routes_in_float32():
     """Accelerators round what they multiply by default; a count over 256 would not be whole."""
     text = program_of({"context": 2}, moe=CAPACITY).lower_train_step().as_text()
     exact = re.findall(r"dot_general.*precision = \[HIGHEST, HIGHEST\].*-> tensor<(\S+)>", text)
-    assert {shape.count("x") for shape in exact} >= {3}, exact
-    logits = [shape for shape in exact if shape.endswith(f"x{CAPACITY.num_experts}xf32")]
-    assert len(logits) >= 2, exact
+    size, experts, blocks = TRAIN.global_batch_size, CAPACITY.num_experts, 4
+    assert f"{size}x{LENGTH}x{experts}xf32" in exact, "the router's logits"
+    assert f"{blocks}x{size}x{experts}xf32" in exact, "tokens that experts had in blocks before"

@@ -10,6 +10,8 @@ import sys
 import fault_helpers as faults
 import pytest
 
+from spmd_train.checkpoint.steps import committed_steps
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -75,3 +77,27 @@ def test_full_disk_training_goes_on(whole):
     assert "(2 of checkpoint.max_failures=3 in a row)" in text
     assert sorted(os.listdir(folder / "result" / "checkpoints")) == ["60"]
     faults.assert_same(faults.final_params(folder / "result"), expected)
+
+
+HASHES_SLOWLY = """
+import os, time
+os.environ["SPMD_TRAIN_SHUTDOWN_SECONDS"] = "5"
+from spmd_train.checkpoint import steps
+
+commit = steps.commit
+
+def late(*args):
+    time.sleep(15)
+    return commit(*args)
+
+steps.commit = late
+"""
+
+
+def test_preemption_save_is_waited_for_by_all_processes(tmp_path):
+    """Process 0 hashes for longer than JAX lets the others wait for it at the end."""
+    words = faults.command(tmp_path / "run", devices=1, train__num_steps=3)
+    prelude = {0: HASHES_SLOWLY, 1: HASHES_SLOWLY}
+    codes, said = faults.run_together(words, folder=tmp_path, prelude=prelude)
+    assert codes == [0, 0], said
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [3]

@@ -118,12 +118,17 @@ class Checkpointer:
             self._finish()
 
     def wait(self) -> None:
-        """Waits until everything saved is on disk.
+        """Waits until everything saved is on disk; all processes must call it.
 
         Raises:
             OSError: the last save failed.
         """
-        self._finish()
+        try:
+            self._finish()
+        finally:
+            # Process 0 still reads and hashes all that was written. Who leaves before it waits in
+            # JAX's barrier, which takes all processes down after SPMD_TRAIN_SHUTDOWN_SECONDS.
+            cluster.meet_again()
         if self._failures:
             raise OSError(f"{self.directory}: the last checkpoint could not be written, see above")
 

@@ -87,9 +87,13 @@ class Rollbacks:
     def __init__(self, workdir: Path) -> None:
         self._path = Path(workdir) / "rollbacks.jsonl"
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _content(self) -> bytes:
+        """Whole lines: a process that was killed may have left a part of one."""
         content = self._path.read_bytes() if self._path.exists() else b""
-        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+        return content[: content.rfind(b"\n") + 1]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._content().splitlines()]
 
     def skipped(self, step: int) -> int:
         """How many batches are left out after the checkpoint of a step."""
@@ -102,10 +106,9 @@ class Rollbacks:
     def add(self, *, step: int, skip: int, bad_step: int, why: str) -> None:
         """Notes a rollback to `step` that leaves out `skip` batches; on disk when it returns."""
         line = json.dumps({"step": step, "skip": skip, "bad_step": bad_step, "why": why})
-        whole = self._path.read_bytes() if self._path.exists() else b""
+        size = len(self._content())
         with self._path.open("ab") as file:
-            # What a process that was killed has left of a line.
-            file.truncate(whole.rfind(b"\n") + 1)
+            file.truncate(size)
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
