@@ -109,6 +109,8 @@ def test_hlo_network_is_dcn_where_a_group_leaves_its_slice():
     assert _count(reduce.format("2,8]<=[16]"), slices=slices).network == "ici"
     assert _count(reduce.format("8,2]<=[2,8]T(1,0)"), slices=slices).network == "dcn"
     assert _count(reduce.format("8,2]<=[2,8]T(1,0)")).network == "ici"
+    halves = _count(reduce.format("4,4]<=[2,2,2,2]T(1,3,0,2)"), slices=slices)
+    assert (halves.axes, halves.group_size, halves.slices) == (("other",), 4, 2)
     permute = ", channel_id=1, source_target_pairs={}"
     for pairs, network in (("{{0,8}}", "dcn"), ("{{0,7},{8,9}}", "ici")):
         found = _count(permute.format(pairs), op="collective-permute", slices=slices)

@@ -160,7 +160,7 @@ def test_plan_lints_have_names_that_silence_them(answer, capsys):
 
 def collective(**changes):
     fields = {
-        **{"op": "all-gather", "axes": ("fsdp",), "network": "ici", "count": 4},
+        **{"op": "all-gather", "axes": ("fsdp",), "slices": 1, "count": 4},
         **{"conditional": False, "dtype": "f32", "group_size": 8, "bytes_each": 2**25},
         **{"wire_bytes_each": 2**25, "scope": "forward/blocks/mlp", "source": "dot_general"},
         **{"is_async": False, "name": "x"},
@@ -173,10 +173,10 @@ def collective(**changes):
     [
         ("reshard-in-scan", {"op": "all-to-all"}),
         ("gathered-optimizer-state", {"scope": "optimizer/mul", "count": 1}),
-        ("slow-network-per-layer", {"network": "dcn"}),
+        ("slow-network-per-layer", {"slices": 2}),
         ("", {}),
         ("", {"op": "collective-permute", "source": "ppermute"}),
-        ("", {"network": "dcn", "count": 1}),
+        ("", {"slices": 2, "count": 1}),
     ],
 )
 def test_plan_lints_on_what_a_step_sends(name, changes):

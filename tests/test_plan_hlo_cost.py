@@ -80,6 +80,19 @@ def test_plan_hlo_cost_names_kernels_that_do_not_tell():
     assert len(cost.unknown_kernels) == 1
 
 
+def test_plan_hlo_cost_of_a_kernel_that_makes_tables_is_nothing():
+    """As for a TPU's grouped matmul: its author tells of no FLOPs, and it takes no floats."""
+    text = """HloModule step, is_scheduled=true
+
+ENTRY %main (sizes: s32[4]) -> s32[11] {
+  %sizes = s32[4]{0} parameter(0)
+  ROOT %tables = s32[11]{0} custom-call(%sizes), custom_call_target="tpu_custom_call"
+}
+"""
+    cost = program_cost(text)
+    assert (cost.flops, cost.unknown_kernels) == (0, ())
+
+
 def test_plan_hlo_cost_of_a_kernel_that_tells_is_of_the_dtype_that_it_multiplies():
     """As of a backward pass of attention: block numbers first, float32 sums in and out."""
     text = """HloModule step, is_scheduled=true
@@ -106,6 +119,23 @@ def test_plan_hlo_cost_counts_bytes_read_and_written():
     # Each of the 50 layers reads its own slice, not all of them.
     cost = program_cost(text_of(of_a_slice, (64, 64), (50, 64, 64)))
     assert 50 * 3 * 64 * 64 * 4 <= cost.hbm_bytes < 50 * 8 * 64 * 64 * 4
+
+
+def test_plan_hlo_cost_of_a_slice_brought_on_chip_is_what_it_brings():
+    """As a TPU prefetches a layer of a stack of 50: HBM is read once, nothing is written there."""
+    text = """HloModule step, is_scheduled=true
+
+ENTRY %main (stack: f32[50,8,128]) -> f32[1,8,128] {
+  %stack = f32[50,8,128]{2,1,0} parameter(0)
+  %start = ((f32[50,8,128]{2,1,0}), f32[1,8,128]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), \
+slice={[3:4], [0:8], [0:128]}
+  %layer = f32[1,8,128]{2,1,0:S(1)} slice-done(%start)
+  %again = f32[1,8,128]{2,1,0:S(1)} slice(%stack), slice={[4:5], [0:8], [0:128]}
+  ROOT %kept = f32[1,8,128]{2,1,0} slice(%stack), slice={[5:6], [0:8], [0:128]}
+}
+"""
+    layer = 8 * 128 * 4
+    assert [op.hbm_bytes for op in program_cost(text).operations] == [layer, layer, 2 * layer]
 
 
 def test_plan_live_arrays_at_the_fullest_moment():

@@ -50,6 +50,14 @@ def test_plan_network_finds_the_wires_of_an_axis(text, axes, span):
     assert span_of(("fsdp",), mesh=mesh_of(target, **axes), target=target) == span
 
 
+@pytest.mark.parametrize("text, links", [("2xv5e:4x4", 2), ("h100:4x8", 0)])
+def test_plan_network_of_a_group_that_is_no_axis(text, links):
+    target = parse_target(text)
+    mesh = mesh_of(target, fsdp=32)
+    span = span_of(("other",), mesh=mesh, target=target, group_size=8, slices=2)
+    assert span == Span(slices=2, inside=4, links=links)
+
+
 def test_plan_network_times_a_ring():
     span = Span(slices=1, inside=16, links=2)
     # Half of a v5e's four links: 100 GB/s; an all-reduce passes twice.

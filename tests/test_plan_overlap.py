@@ -37,7 +37,7 @@ LOOP = (
 
 def collective(**changes):
     fields = {
-        **{"op": "all-gather", "axes": ("fsdp",), "network": "ici", "count": 1},
+        **{"op": "all-gather", "axes": ("fsdp",), "slices": 1, "count": 1},
         **{"conditional": False, "dtype": "bf16", "group_size": 8, "bytes_each": 8},
         **{"wire_bytes_each": 7, "scope": "forward/blocks", "source": "dot_general"},
         **{"is_async": True, "name": "x"},

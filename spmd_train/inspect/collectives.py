@@ -62,7 +62,7 @@ class Collective:
         `collective-permute` or `collective-broadcast`.
       axes: mesh axes it spans, in mesh order; `("other",)` if its groups are no product of axes;
         `()` if every group is a single device.
-      network: `dcn` if a group reaches more than one slice or node, else `ici`.
+      slices: slices or nodes that a group reaches.
       count: executions per step, loops multiplied out; None if a loop's trip count is unknown.
       conditional: in a branch; `count` is as if that branch were taken every time.
       dtype: HLO element type(s) of the payload.
@@ -81,7 +81,7 @@ class Collective:
 
     op: str
     axes: tuple[str, ...]
-    network: str
+    slices: int
     count: int | None
     conditional: bool
     dtype: str
@@ -94,6 +94,11 @@ class Collective:
     name: str
     meanwhile: tuple[str, ...] = ()
     part_of: str = ""
+
+    @property
+    def network(self) -> str:
+        """`dcn` if a group reaches more than one slice or node, else `ici`."""
+        return "dcn" if self.slices > 1 else "ici"
 
     @property
     def bytes(self) -> int | None:
@@ -235,7 +240,7 @@ def _describe(site: Site, mesh: LogicalMesh, module: Module) -> Collective:
     return Collective(
         op=op,
         axes=span.axes,
-        network=span.network,
+        slices=span.slices,
         count=site.count,
         conditional=site.conditional,
         dtype="+".join(sorted({dtype for dtype, _ in arrays})),

@@ -31,11 +31,11 @@ _AXIS_REFERENCE = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """What a collective spans: mesh axes, devices per group, and which network it needs."""
+    """What a collective spans: mesh axes, devices per group, and slices that a group reaches."""
 
     axes: tuple[str, ...]
     group_size: int
-    network: str
+    slices: int
 
 
 class LogicalMesh:
@@ -137,10 +137,9 @@ class LogicalMesh:
 
     def _span_of_groups(self, groups: list[np.ndarray]) -> Span:
         size = max(len(group) for group in groups)
-        is_split = any(len(set(self.slices[group])) > 1 for group in groups)
-        network = "dcn" if is_split else "ici"
+        slices = max(len(set(self.slices[group])) for group in groups)
         spans = {self._axes_of_group(group) for group in groups}
-        return Span(spans.pop() if len(spans) == 1 else OTHER, size, network)
+        return Span(spans.pop() if len(spans) == 1 else OTHER, size, slices)
 
     def _axes_of_group(self, group: np.ndarray) -> tuple[str, ...]:
         coordinates = np.array(np.unravel_index(group, self.sizes))
@@ -153,9 +152,9 @@ class LogicalMesh:
         sources, targets = np.array(pairs).reshape(-1, 2).T
         coordinates = (np.array(np.unravel_index(ids, self.sizes)) for ids in (sources, targets))
         moves = np.not_equal(*coordinates).any(axis=1)
-        network = "dcn" if (self.slices[sources] != self.slices[targets]).any() else "ici"
+        slices = 2 if (self.slices[sources] != self.slices[targets]).any() else 1
         size = math.prod(np.array(self.sizes)[moves].tolist())
-        return Span(tuple(np.array(self.names)[moves].tolist()), size, network)
+        return Span(tuple(np.array(self.names)[moves].tolist()), size, slices)
 
 
 def _ints(text: str) -> list[int]:

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from spmd_train.inspect.hlo import Computation, Instruction
+from spmd_train.inspect.hlo import Computation, Instruction, array_bytes
 
 _DIMS = re.compile(r"[a-z]\w*\[([\d,<= ]*)\]")
 _WINDOW = re.compile(r"(\w+)=([\d_x\-]+)")
@@ -58,8 +58,15 @@ def _custom_call(instruction: Instruction, computation: Computation) -> float | 
         contracted = [int(d) for d in re.findall(r"\d+", numbers[1])]
         return 2.0 * math.prod(dims_of(instruction.shape)) * math.prod(lhs[i] for i in contracted)
     if target == "tpu_custom_call" or target.startswith(("__cudnn", "__gpu$xla.gpu.triton")):
+        if _takes_integers_alone(instruction, computation):
+            return 0.0  # Tables for another kernel: of a grouped matmul, say.
         return told_flops(instruction.op_name) or _cost_estimate(config)
     return 0.0
+
+
+def _takes_integers_alone(instruction: Instruction, computation: Computation) -> bool:
+    shapes = [computation.instructions[name].shape for name in instruction.operands]
+    return {dtype for shape in shapes for dtype, _ in array_bytes(shape)} <= {"s32", "u32"}
 
 
 def told_flops(scope: str) -> float | None:

@@ -41,6 +41,7 @@ _FREE = frozenset(
 )
 # Inside a fusion: an array that it hands on as it is, or that a collective of its own takes.
 _PASSED_ON = frozenset(("tuple", *COLLECTIVES))
+_SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
@@ -222,13 +223,17 @@ class _Walk:
                 for i, operand in enumerate(operands)
             )
             return read + _written_bytes(callee, callee.root, instruction.shape)
-        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * _hbm_bytes(instruction.shape)
         if instruction.opcode == "dynamic-update-slice":
             return 2 * _hbm_bytes(operands[1].shape)
-        if instruction.opcode.endswith("-start"):
-            # Its result repeats the operand, beside the output.
-            return _hbm_bytes(instruction.shape)
+        is_start = instruction.opcode.endswith("-start")
+        if instruction.opcode.removesuffix("-start") in _SLICES:
+            # Where it has a start, its result repeats the operands, before the output.
+            sizes = [size for _, size in array_bytes(instruction.shape)]
+            read = min(_hbm_bytes(operands[0].shape), sizes[len(operands) if is_start else 0])
+            repeated = sum(_hbm_bytes(o.shape) for o in operands) if is_start else 0
+            return read + _hbm_bytes(instruction.shape) - repeated
+        if is_start:
+            return _hbm_bytes(instruction.shape)  # Likewise.
         return sum(_hbm_bytes(o.shape) for o in operands) + _hbm_bytes(instruction.shape)
 
     def _read_bytes(self, callee: Computation, index: int) -> int:
@@ -250,7 +255,7 @@ class _Walk:
                     inner = self.module.computations[user.callees["calls"][0]]
                     places = (i for i, operand in enumerate(user.operands) if operand == name)
                     read += sum(self._read_bytes(inner, i) for i in places)
-                elif user.opcode in ("dynamic-slice", "slice", "gather"):
+                elif user.opcode in _SLICES:
                     read += _hbm_bytes(user.shape)
                 elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                     return _hbm_bytes(parameter.shape)

@@ -43,19 +43,21 @@ class Span:
 
 
 def span_of(
-    axes: Sequence[str], *, mesh: Mesh, target: Target, group_size: int | None = None
+    axes: Sequence[str], *, mesh: Mesh, target: Target, group_size: int = 1, slices: int = 1
 ) -> Span:
     """The wires of a collective over some mesh axes.
 
     Args:
-        axes: as the counter names them; `("other",)` is taken for a group without order.
+        axes: as the counter names them.
         mesh: whose devices have coordinates on the torus.
         target: how they are wired.
-        group_size: devices in the group, where the axes do not tell.
+        group_size: devices in the group, where the axes do not tell: `("other",)`.
+        slices: that it reaches, likewise.
     """
     names = list(mesh.shape)
     if any(axis not in names for axis in axes) or not axes:
-        return Span(slices=1, inside=group_size or 1, links=2)
+        links = 2 if target.platform == "tpu" else 0
+        return Span(slices=slices, inside=max(group_size // slices, 1), links=links)
     index = tuple(slice(None) if name in axes else 0 for name in names)
     group = list(np.asarray(mesh.devices[index]).flat)
     where = slices_of(group)
@@ -154,9 +156,11 @@ def network_time(
     seconds: list[float] = []
     unknown: set[str] = set()
     for c in collectives:
-        key = (c.axes, c.group_size)
+        key = (c.axes, c.group_size, c.slices)
         if key not in spans:
-            spans[key] = span_of(c.axes, mesh=mesh, target=target, group_size=c.group_size)
+            spans[key] = span_of(
+                c.axes, mesh=mesh, target=target, group_size=c.group_size, slices=c.slices
+            )
         inside, between = seconds_of(
             c.op, payload=c.bytes_each, group_size=c.group_size, span=spans[key], chip=chip
         )
