@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
+from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.config import TrainConfig, to_dict
 from spmd_train.data import Dataset
@@ -23,6 +25,7 @@ from spmd_train.observe import (
     device_peak_flops,
     mfu,
     model_flops_per_token,
+    read_jsonl,
 )
 from spmd_train.parallel.replicas import ReplicaCheck
 from spmd_train.train.bad_numbers import NumbersWatch
@@ -63,6 +66,26 @@ _DUE: dict[str, Callable[[TrainConfig], int]] = {
     "checkpoint_every": lambda train: train.checkpoint_every,
     "check_replicas_every": lambda train: train.check_replicas_every,
 }
+
+
+def is_due(train: TrainConfig, step: int, every: str) -> bool:
+    """Whether `eval_every`, `checkpoint_every` or `check_replicas_every` asks for this step."""
+    interval = _DUE[every](train)
+    last = every != "check_replicas_every" and step == train.num_steps
+    return bool(interval) and (step % interval == 0 or last)
+
+
+def evaluation_is_owed(train: TrainConfig, step: int, *, workdir: Path) -> bool:
+    """Whether the run that saved this step ended before it had evaluated it.
+
+    All processes must ask: only the leader reads what was logged.
+    """
+    if not step or not is_due(train, step, "eval_every"):
+        return False
+    path = workdir / "metrics.jsonl"
+    lines = read_jsonl(path) if cluster.is_leader() and path.is_file() else []
+    evaluated = any((line["step"], line["split"]) == (step, "eval") for line in lines)
+    return cluster.tell_all(str(evaluated))[0] == str(False)
 
 
 class Run:
@@ -168,10 +191,16 @@ class Run:
             with goodput.span("save"):
                 self._checkpoints.wait()
             raise PreemptedError(step, interrupted=self._watchers.notice.interrupted)
-        if self._eval_data is not None and self._due(step, "eval_every"):
-            with goodput.span("eval"):
-                values = self._experiment.evaluate(state.eval_params, self._eval_data)
-            self._log(step, "eval", dict(values))
+        if self._due(step, "eval_every"):
+            self.evaluate(step, state)
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Evaluates the state of a step, and logs it."""
+        if self._eval_data is None:
+            return
+        with self._watchers.goodput.span("eval"):
+            values = self._experiment.evaluate(state.eval_params, self._eval_data)
+        self._log(step, "eval", dict(values))
 
     def _check_replicas(self, step: int, state: TrainState) -> None:
         if self._experiment.config.train.check_replicas_every:
@@ -191,10 +220,7 @@ class Run:
         self._checkpoints.save(step, state, meta)
 
     def _due(self, step: int, every: str) -> bool:
-        train = self._experiment.config.train
-        interval = _DUE[every](train)
-        last = every != "check_replicas_every" and step == train.num_steps
-        return bool(interval) and (step % interval == 0 or last)
+        return is_due(self._experiment.config.train, step, every)
 
     def _log(self, step: int, split: str, values: dict[str, float | None]) -> None:
         self._watchers.writers.write(step, split, values)

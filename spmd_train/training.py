@@ -37,7 +37,7 @@ from spmd_train.observe import (
 )
 from spmd_train.parallel.mesh import mesh_text
 from spmd_train.parallel.replicas import ReplicaCheck
-from spmd_train.running import Run, Watchers
+from spmd_train.running import Run, Watchers, evaluation_is_owed
 from spmd_train.train.bad_numbers import BadStepError, Rollbacks, write_bundle
 from spmd_train.train.loop import run_loop
 from spmd_train.train.preemption import StopNotice
@@ -86,7 +86,8 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
         while True:
             with goodput.span("restore"):
                 state, start, batch = start_from(experiment, checkpoints, rollbacks, drift=True)
-            if start >= config.train.num_steps:
+            evaluate_first = evaluation_is_owed(config.train, start, workdir=workdir)
+            if start >= config.train.num_steps and not evaluate_first:
                 log.info("%s: finished, %d steps of %d", workdir, start, config.train.num_steps)
                 return
             goodput.begin(start)
@@ -101,6 +102,7 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
                     workdir=workdir,
                     start_step=start,
                     start_batch=batch,
+                    evaluate_first=evaluate_first,
                 )
                 break
             except BadStepError as bad:
@@ -147,8 +149,9 @@ def _steps(
     workdir: Path,
     start_step: int,
     start_batch: int,
+    evaluate_first: bool,
 ) -> TrainState:
-    """Trains from a step on, with the batches from a number on, and saves."""
+    """Trains from a step on, with the batches from a number on, and saves and evaluates."""
     config = experiment.config
     leader = cluster.is_leader()
     if leader:
@@ -190,6 +193,9 @@ def _steps(
         )
         watchers.heartbeat.beat(start_step, checkpoints.committed)
         cluster.meet(f"step {start_step}, batch {start_batch}")
+        if evaluate_first:
+            with clock.paused():
+                run.evaluate(start_step, state)
         goodput.become("compile")
         state = run_loop(
             experiment.program,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -146,6 +147,32 @@ def test_checkpoint_resume_is_bitwise_on_the_same_mesh(
         ("eval", 3),
         ("eval", 6),
     }
+
+
+@pytest.mark.parametrize("at", [3, STEPS])
+def test_checkpoint_resume_evaluates_what_was_saved_and_not_evaluated(
+    text: pathlib.Path,
+    straight: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+) -> None:
+    """The process ends while it evaluates a step that it has saved: in the middle, at the end."""
+    config = config_of(text)
+    evaluate, evaluated = experiment.Experiment.evaluate, itertools.count(3, 3)
+
+    def crash(self: Any, params: Any, data: Any) -> Any:
+        if next(evaluated) == at:
+            raise CrashError
+        return evaluate(self, params, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Experiment, "evaluate", crash)
+        with pytest.raises(CrashError):
+            training.train(config, workdir=tmp_path)
+    assert ("eval", at) not in losses(tmp_path)
+    training.train(config, workdir=tmp_path)
+    assert losses(tmp_path) == losses(straight)
 
 
 def test_checkpoint_resume_on_another_mesh_sees_the_same_batches(
