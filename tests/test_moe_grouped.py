@@ -60,11 +60,16 @@ def test_moe_grouped_is_not_all_rows_by_all_experts():
     assert 1 <= flops / (3 * 2 * 4096 * D * F) <= 1.2
 
 
-def test_moe_grouped_by_kernel_trains_as_by_blocks(monkeypatch):
+@pytest.mark.parametrize(
+    "mesh",
+    [{"expert": 2, "tensor": 2}, {"pipeline": 2, "data": 2, "expert": 2}],
+    ids=["flat", "pipeline"],
+)
+def test_moe_grouped_by_kernel_trains_as_by_blocks(monkeypatch, mesh):
     """On a mesh: where kernels are, JAX does not prove what varies over which devices."""
 
     def losses():
-        program = program_of({"expert": 2, "tensor": 2}, model=MODEL, moe=DROPLESS)
+        program = program_of(mesh, model=MODEL, moe=DROPLESS)
         return run_steps(program, [random_batch("ragged")] * 2)[0]
 
     wanted = losses()

@@ -32,7 +32,6 @@ from spmd_train.parallel.rules import (
     current_platform,
     manual_axes,
     to_spec,
-    vary,
 )
 from spmd_train.parallel.sequence import placement_of, split_axes
 
@@ -133,14 +132,14 @@ def flash_attend(
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> Any:
         run = by_hand(run_forward, in_specs=(*qkv, tokens), out_specs=(spec, totals))
         with jax.named_scope("flash"):
-            made = vary(opaque(run)(q, k, v, s))
+            made = opaque(run)(q, k, v, s)
         out, log_total = (checkpoint_name(x, SAVED_NAME) for x in made)
         return out, (q, k, v, s, out, log_total)
 
     def backward(saved: Any, out_grad: jax.Array) -> tuple[Any, ...]:
         run = by_hand(run_backward, in_specs=((*qkv, tokens, spec, totals), spec), out_specs=qkv)
         with jax.named_scope("flash"):
-            return *vary(opaque(run)(saved, out_grad)), no_gradient(saved[3])
+            return *opaque(run)(saved, out_grad), no_gradient(saved[3])
 
     @jax.custom_vjp
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> jax.Array:

@@ -33,7 +33,6 @@ from spmd_train.parallel.rules import (
     current_platform,
     manual_axes,
     to_spec,
-    vary,
 )
 from spmd_train.parallel.sequence import check_heads, placement_of
 
@@ -91,7 +90,6 @@ def attend_split(
     taken = set(MESH_AXES) - set(manual_axes()) if kernel else set(axes_of(spec))
     manual = tuple(a for a in MESH_AXES if a in taken)
     by_hand = functools.partial(by_hand_over, layout=layout, axes=manual, check=kernel is None)
-    varied = vary if kernel else lambda tree: tree
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, Any]:
         qkv: tuple[jax.Array, ...] = (q, k, v)
@@ -99,10 +97,10 @@ def attend_split(
             if method.enter:
                 run = functools.partial(method.enter, split)
                 run = by_hand(run, in_specs=qkv_specs, out_specs=(entered,) * 3)
-                qkv = varied(opaque(run)(*qkv))
+                qkv = opaque(run)(*qkv)
             run = functools.partial(method.forward, split)
             run = by_hand(run, in_specs=((entered,) * 3, token_spec), out_specs=(spec, entered))
-            out, log_total = varied(opaque(run)(qkv, tokens))
+            out, log_total = opaque(run)(qkv, tokens)
         if kernel:
             out, log_total = (checkpoint_name(x, SAVED_NAME) for x in (out, log_total))
         return out, ((*qkv, log_total), out, tokens)
@@ -115,7 +113,7 @@ def attend_split(
             out_specs=qkv_specs,
         )
         with jax.named_scope(layout.context.method):
-            grads = varied(opaque(run)(saved, tokens, out, out_grad))
+            grads = opaque(run)(saved, tokens, out, out_grad)
         return *grads, jax.tree.map(no_gradient, tokens)
 
     @jax.custom_vjp

@@ -25,6 +25,7 @@ from spmd_train.parallel.rules import (
     dims_of,
     manual_axes,
     to_spec,
+    vary,
 )
 
 Tree = Any
@@ -41,20 +42,34 @@ def by_hand_over(
 ) -> Callable[..., Any]:
     """`f` on each device's shards over `axes`; the other axes stay with XLA.
 
-    `check`: JAX proves what is the same on several devices, which a kernel does not tell it.
+    `check`: JAX proves what is the same on several devices, which a kernel does not tell it. Inside
+    another shard_map the results then count as differing over all of its axes.
     """
-    if layout is None or not axes:
-        return f
-    # Inside another shard_map the mesh is the context's, which knows what is manual already.
-    mesh = None if manual_axes() else layout.mesh
-    return jax.shard_map(
-        f,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(axes),
-        check_vma=check,
-    )
+    if not check:
+        f = _untold(f)
+    if layout is not None and axes:
+        # Inside another shard_map the mesh is the context's, which knows what is manual already.
+        f = jax.shard_map(
+            f,
+            mesh=None if manual_axes() else layout.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(axes),
+            check_vma=check,
+        )
+    return f if check else lambda *args: vary(f(*args))
+
+
+def _untold(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` of arrays of which JAX does not know over what they vary, as it won't of their gradients.
+
+    Without checks every operation forgets it; one that changes nothing does.
+    """
+
+    def forgotten(x: jax.Array) -> jax.Array:
+        return x[None].reshape(x.shape) if jax.typeof(x).manual_axis_type.varying else x
+
+    return lambda *args: f(*jax.tree.map(forgotten, args))
 
 
 def opaque(f: Callable[..., Any]) -> Callable[..., Any]:
