@@ -98,6 +98,9 @@ PEERS = {
         "jax",
         environment=_JAX | {"SPMD_TRAIN_HEARTBEAT_SECONDS": "3600"},  # It is held meanwhile.
     ),
+    "bare_step": Peer(
+        "its step in a bare loop, 2 devices", _script("bare_step.py"), "jax", environment=_JAX
+    ),
     "bare_jax": Peer(
         "bare JAX", _script("bare_jax.py"), "jax", environment=_JAX | {"XLA_FLAGS": _XLA_FLAGS}
     ),

@@ -40,6 +40,11 @@ CURES = {
     "causal attention by blocks of queries": "blocks",
     "XLA's YNNPACK fusions off": "ynnpack",
     "layers unrolled (`model.scan_unroll`)": "unrolled",
+    "float32: bfloat16 activations and matmuls": "float32",
+}
+OVERRIDES = {
+    "unrolled": ("model.scan_unroll", "1"),
+    "float32": ("model.compute_dtype", "bfloat16"),
 }
 WARM_STEPS = 2
 
@@ -85,7 +90,7 @@ def measure(problem: pathlib.Path, *, without: str, num_steps: int) -> dict[str,
     """Trains in this process; seconds a step: the least CPU time, the median of the clock."""
     leave_out(without)
     cluster.start()
-    overrides = [("model.scan_unroll", "1")] if without == "unrolled" else []
+    overrides = [OVERRIDES[without]] if without in OVERRIDES else []
     config = parse(load_config(str(problem / "config.json"), overrides))
     program = experiment.build(config).program
     state = program.init(config.train.seed)

@@ -73,7 +73,7 @@ def losses(problem):
 
 def test_bench_math_both_sides_have_equal_losses(problem, losses, tmp_path):
     difference = bench.check_losses(
-        problem, tmp_path, num_steps=NUM_STEPS, peers=["bare_jax", "trainer_one"]
+        problem, tmp_path, num_steps=NUM_STEPS, peers=["bare_jax", "bare_step", "trainer_one"]
     )
     assert difference <= bench.LOSS_TOLERANCE
     metrics = (tmp_path / "trainer" / "metrics.jsonl").read_text().splitlines()
