@@ -24,13 +24,14 @@ test-slow: $(VENV)/.test
 test-reference: $(VENV)/.reference
 	$(BIN)/python -m pytest -m reference
 
-# Compiles for TPUs that are not here, which takes minutes.
+# Compiles for TPUs that are not here: half an hour; ONLY=tests/test_plan_composed.py a minute.
+ONLY ?=
 test-plan-tpu: $(VENV)/.plan-tpu
-	$(BIN)/python -m pytest -m plan_tpu
+	$(BIN)/python -m pytest -m plan_tpu $(ONLY)
 
 # The same for NVIDIA GPUs; Linux only.
 test-plan-cuda: $(VENV)/.plan-cuda
-	$(BIN)/python -m pytest -m plan_cuda
+	$(BIN)/python -m pytest -m plan_cuda $(ONLY)
 
 # docs/plans.md: the pod configs on the topologies they are meant for. Hours on a small machine;
 # what is in docs/plans already is not compiled again.
