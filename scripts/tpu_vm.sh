@@ -3,9 +3,10 @@
 # preemptible one is taken away.
 #
 #   NAME=my-slice ZONE=us-east5-b TYPE=v5litepod-16 scripts/tpu_vm.sh \
-#     --config=configs/llama2_7b.py --workdir=gs://my-bucket/runs/7b
+#     --config=configs/llama2_7b.py --workdir=/mnt/runs/7b
 #
-# What follows is what `spmd-train train` takes. --workdir must be reached by every worker.
+# What follows is what `spmd-train train` takes. --workdir must be reached by every worker, and outlive
+# them: mount a disk, or a bucket by gcsfuse, with START, a command that each runs first.
 # Needs gcloud, logged in, and a project with TPU quota. Delete the slice when you are done:
 #   gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE"
 set -uo pipefail
@@ -16,6 +17,7 @@ set -uo pipefail
 version=${VERSION:-v2-alpha-tpuv5-lite}
 package=${PACKAGE:-spmd-train[tpu]}
 spot=${SPOT:-1}
+start=${START:-}
 
 create() {
   local flags=("--zone=${ZONE}" "--accelerator-type=${TYPE}" "--version=${version}")
@@ -35,7 +37,7 @@ state() {
 }
 
 # Quoted once more: the words go through a shell on the worker.
-command="spmd-train train$(printf ' %q' "$@")"
+command="${start:+${start} && }spmd-train train$(printf ' %q' "$@")"
 failures=0
 while true; do
   case $(state) in

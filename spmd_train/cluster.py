@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -129,6 +130,9 @@ def connect(given: Place = Place()) -> None:  # noqa: B008 - immutable
             f"{' and '.join(names)} must be given too: no cluster is recognized that would tell; "
             f"seen: {_seen()}"
         )
+    address = place.coordinator_address
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(f"--coordinator_address={address}: must be HOST:PORT")
     seconds = _timeouts()
     try:
         jax.distributed.initialize(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,14 @@ class Experiment:
                 )
             yield self.feed(here)
 
-    def evaluate(self, params: Params, data: Dataset) -> dict[str, float]:
-        """Means over the whole split; the loss in nats per token."""
+    def evaluate(
+        self, params: Params, data: Dataset, *, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Means over the whole split; the loss in nats per token. `stop`: as of `evaluate`."""
         size = self.config.train.global_batch_size
         rows = rows_here(self.program.abstract_batch)
         with contextlib.closing(data.epoch(global_batch_size=size, rows=rows)) as batches:
-            values = evaluate(self.program, params, self.feed(batches))
+            values = evaluate(self.program, params, self.feed(batches), stop=stop)
         return with_bits_per_byte(values, bytes_per_token=data.bytes_per_token)
 
 
@@ -166,6 +169,22 @@ def load_params(
         return experiment, join(restored[name], restored.get("model_state", {})), step
 
 
+def check_workdir(workdir: Path) -> None:
+    """Makes the folder of a run.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir}: cannot be written to ({error}); give another folder"
+        ) from error
+
+
 def import_params(
     config: ExperimentConfig, *, workdir: Path, load: Callable[[Any], Params]
 ) -> None:
@@ -184,6 +203,7 @@ def import_params(
         raise ConfigError(f"--workdir={workdir}: has checkpoints already; give a new folder")
     params = load(experiment.program.abstract_state.params)
     state = experiment.program.init_from(params)
+    check_workdir(workdir)
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         checkpoints.newest_good()  # Puts aside what an import that was killed has left.
         checkpoints.save(0, state, {"config": to_dict(config)})

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,7 +30,7 @@ from spmd_train.observe import (
 )
 from spmd_train.parallel.replicas import ReplicaCheck
 from spmd_train.train.bad_numbers import NumbersWatch
-from spmd_train.train.evaluate import means, with_bits_per_byte
+from spmd_train.train.evaluate import StoppedError, means, with_bits_per_byte
 from spmd_train.train.loop import LoopEvents
 from spmd_train.train.preemption import PreemptedError, StopNotice
 from spmd_train.train.program import Metrics
@@ -170,37 +171,46 @@ class Run:
     def _pause_due(self, step: int) -> bool:
         """Whether anything is due that needs the state, or the run is told to stop."""
         self._watchers.goodput.become("train")  # From here on the first step is compiled.
-        agreed = self._watchers.notice.agreed(step)
+        agreed = self._watchers.notice.agreed()
         self._stopping = agreed and step < self._experiment.config.train.num_steps
         return self._stopping or any(self._due(step, every) for every in _DUE)
 
     def _paused(self, step: int, state: TrainState) -> None:
         """Saves, then evaluates while the files are being written."""
-        goodput = self._watchers.goodput
         saving = self._stopping or self._due(step, "checkpoint_every")
         if saving or self._due(step, "check_replicas_every"):
             self._check_replicas(step, state)
         if saving:
-            begin = time.monotonic()
-            with goodput.span("save"):
+            self._save(step, state)
+        if not self._stopping and self._due(step, "eval_every"):
+            self._evaluate(step, state)
+            if self._stopping and not saving:
                 self._save(step, state)
-                goodput.write(saved=step)
-            waited = time.monotonic() - begin
-            self._told["save_seconds"] = self._told.get("save_seconds", 0.0) + waited
+        self._leave_if_told(step)
+
+    def catch_up(self, step: int, state: TrainState) -> None:
+        """Evaluates a saved step that its run did not come to evaluate."""
+        self._evaluate(step, state)
+        self._leave_if_told(step)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Evaluates and logs, unless told to stop meanwhile: then it is owed (see above)."""
+        assert self._eval_data is not None
+        with self._watchers.goodput.span("eval"):
+            try:
+                values = self._experiment.evaluate(
+                    state.eval_params, self._eval_data, stop=self._watchers.notice.agreed
+                )
+            except StoppedError:
+                self._stopping = True
+                return
+        self._log(step, "eval", dict(values))
+
+    def _leave_if_told(self, step: int) -> None:
         if self._stopping:
-            with goodput.span("save"):
+            with self._watchers.goodput.span("save"):
                 self._checkpoints.wait()
             raise PreemptedError(step, interrupted=self._watchers.notice.interrupted)
-        if self._due(step, "eval_every"):
-            self.evaluate(step, state)
-
-    def evaluate(self, step: int, state: TrainState) -> None:
-        """Evaluates the state of a step, and logs it."""
-        if self._eval_data is None:
-            return
-        with self._watchers.goodput.span("eval"):
-            values = self._experiment.evaluate(state.eval_params, self._eval_data)
-        self._log(step, "eval", dict(values))
 
     def _check_replicas(self, step: int, state: TrainState) -> None:
         if self._experiment.config.train.check_replicas_every:
@@ -208,16 +218,25 @@ class Run:
                 self._watchers.replicas.check(step, state)
 
     def _save(self, step: int, state: TrainState) -> None:
+        begin, goodput = time.monotonic(), self._watchers.goodput
+        with goodput.span("save"):
+            self._checkpoints.save(step, state, self._meta(step))
+            goodput.write(saved=step)
+        waited = time.monotonic() - begin
+        self._told["save_seconds"] = self._told.get("save_seconds", 0.0) + waited
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """What is kept beside the state."""
         config = self._experiment.config
-        meta = {
+        return {
             "config": to_dict(config),
             "data": {
                 "next_batch": step + self._batches_ahead,
                 "global_batch_size": config.train.global_batch_size,
+                "facts": self._data.facts,
             },
             "mesh": {a: n for a, n in self._experiment.program.mesh.shape.items() if n > 1},
         }
-        self._checkpoints.save(step, state, meta)
 
     def _due(self, step: int, every: str) -> bool:
         return is_due(self._experiment.config.train, step, every)

@@ -16,11 +16,12 @@ import numpy as np
 from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.drift import check_drift
-from spmd_train.config import ExperimentConfig, describe, to_dict, to_json
+from spmd_train.config import ConfigError, ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
 from spmd_train.experiment import (
     Experiment,
     build,
+    check_workdir,
     open_data,
     prompt_ids,
     sample_text,
@@ -33,6 +34,7 @@ from spmd_train.observe import (
     StepClock,
     Stragglers,
     Writers,
+    check_writers,
     make_writers,
 )
 from spmd_train.parallel.mesh import mesh_text
@@ -81,11 +83,14 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     eval_data = open_data(config, split="eval") if config.train.eval_every else None
     if config.sample.prompt:
         prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
+    check_writers(config.observe)
+    check_workdir(workdir)
     rollbacks = Rollbacks(workdir)
     with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         while True:
             with goodput.span("restore"):
-                state, start, batch = start_from(experiment, checkpoints, rollbacks, drift=True)
+                facts = cluster.code_facts() | data.facts
+                state, start, batch = start_from(experiment, checkpoints, rollbacks, facts=facts)
             evaluate_first = evaluation_is_owed(config.train, start, workdir=workdir)
             if start >= config.train.num_steps and not evaluate_first:
                 log.info("%s: finished, %d steps of %d", workdir, start, config.train.num_steps)
@@ -195,7 +200,7 @@ def _steps(
         cluster.meet(f"step {start_step}, batch {start_batch}")
         if evaluate_first:
             with clock.paused():
-                run.evaluate(start_step, state)
+                run.catch_up(start_step, state)
         goodput.become("compile")
         state = run_loop(
             experiment.program,
@@ -238,7 +243,7 @@ def start_from(
     rollbacks: Rollbacks,
     *,
     before: int | None = None,
-    drift: bool = False,
+    facts: Mapping[str, str] | None = None,
 ) -> tuple[TrainState, int, int]:
     """The state to go on from, its step and its next batch: of the newest checkpoint, or fresh.
 
@@ -247,21 +252,29 @@ def start_from(
         checkpoints: of its workdir.
         rollbacks: likewise.
         before: only checkpoints before this step.
-        drift: whether to compare with what made the checkpoint, as `checkpoint.on_drift` says.
+        facts: versions and data, to be compared with the checkpoint's as `checkpoint.on_drift`
+            says; None: nothing is compared.
 
     Raises:
-        ConfigError: the checkpoint does not fit, or differs and `checkpoint.on_drift` is `refuse`.
+        ConfigError: the checkpoint does not fit, or differs and `checkpoint.on_drift` is `refuse`;
+            or there were some, and all of them are damaged.
     """
     program, config = experiment.program, experiment.config
     step = checkpoints.newest_good(before=before)
     if step is None:
+        if damaged := checkpoints.damaged():
+            raise ConfigError(
+                f"{checkpoints.directory}: all checkpoints are damaged ({', '.join(damaged)}), and "
+                "there is none to go on from. To begin anew give a new workdir, or delete them "
+                "with spmd-train checkpoints prune"
+            )
         return program.init(config.train.seed), 0, rollbacks.skipped(0)
     meta = checkpoints.meta(step)
-    if drift:
+    if facts is not None:
         check_drift(
             meta,
             config=to_dict(config),
-            facts=cluster.code_facts(),
+            facts=facts,
             policy=config.checkpoint,
             tell=cluster.is_leader(),
         )

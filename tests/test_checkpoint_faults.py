@@ -123,10 +123,12 @@ def test_checkpoint_verify_levels(workdir):
     assert steps.faults(workdir / "checkpoints", 7, how="off") == []
 
 
-def test_checkpoint_both_bad_starts_anew(workdir):
-    for step in (3, 7):
-        DAMAGE["deletion"](workdir / "checkpoints" / str(step))
+def test_checkpoint_both_bad_and_neither_is_restored(workdir):
+    DAMAGE["deletion"](workdir / "checkpoints" / "3")
+    DAMAGE["no manifest"](workdir / "checkpoints" / "7")
     assert _restore(workdir) == (None, None)
+    # 7 may be a save that was not finished.
+    assert steps.damaged_steps(workdir / "checkpoints") == ["3.bad-1"]
 
 
 def test_checkpoint_leavings_are_removed(workdir):

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import shutil
+import signal
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ from spmd_train.config import (
     TrainConfig,
 )
 from spmd_train.observe import Writers, read_jsonl
+from spmd_train.train.preemption import PreemptedError
 
 STEPS = 6
 
@@ -161,10 +164,10 @@ def test_checkpoint_resume_evaluates_what_was_saved_and_not_evaluated(
     config = config_of(text)
     evaluate, evaluated = experiment.Experiment.evaluate, itertools.count(3, 3)
 
-    def crash(self: Any, params: Any, data: Any) -> Any:
+    def crash(*args: Any, **stop: Any) -> Any:
         if next(evaluated) == at:
             raise CrashError
-        return evaluate(self, params, data)
+        return evaluate(*args, **stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment.Experiment, "evaluate", crash)
@@ -173,6 +176,54 @@ def test_checkpoint_resume_evaluates_what_was_saved_and_not_evaluated(
     assert ("eval", at) not in losses(tmp_path)
     training.train(config, workdir=tmp_path)
     assert losses(tmp_path) == losses(straight)
+
+
+def test_checkpoint_resume_leaves_an_evaluation_when_told_to_stop(
+    text: pathlib.Path,
+    straight: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Saved, though no save is due, and evaluated when it goes on."""
+    config, num_batches = config_of(text), 0
+    evaluate = experiment.evaluate
+
+    def told(program: Any, params: Any, batches: Any, **stop: Any) -> Any:
+        def noted() -> Any:
+            nonlocal num_batches
+            for batch in batches:
+                num_batches += 1
+                signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        return evaluate(program, params, noted(), **stop)
+
+    before = signal.getsignal(signal.SIGTERM)
+    seldom = dataclasses.replace(config.train, checkpoint_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "evaluate", told)
+        try:
+            with pytest.raises(PreemptedError, match="after step 3, saved"):
+                training.train(dataclasses.replace(config, train=seldom), workdir=tmp_path)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert num_batches == 1 < experiment.open_data(config, split="eval").num_sequences / 8
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3"]
+    training.train(config, workdir=tmp_path)
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_checkpoint_resume_of_damaged_ones_alone_is_refused(
+    text: pathlib.Path, straight: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    for step in ("3", "6"):
+        next((workdir / "checkpoints" / step / "state" / "d").iterdir()).unlink()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"all .* damaged \(3.bad-1, 6.bad-1\)"):
+            training.train(config_of(text), workdir=workdir)
+    assert losses(workdir) == losses(straight)
 
 
 def test_checkpoint_resume_on_another_mesh_sees_the_same_batches(
@@ -263,6 +314,8 @@ def test_checkpoint_is_plain_orbax(text: pathlib.Path, straight: pathlib.Path) -
     table = tree["params"]["embedding"]["table"]
     np.testing.assert_array_equal(table, np.asarray(abstract.params["embedding"]["table"]))
     meta = json.loads((step / "meta" / "metadata").read_text())
+    facts = meta["data"].pop("facts")
+    assert facts == experiment.open_data(config_of(text), split="train").facts
     assert meta["data"] == {"next_batch": STEPS, "global_batch_size": 8}
     assert meta["config"]["model"]["vocab_size"] == 256
     assert {"jax", "flax", "orbax-checkpoint", "spmd_train", "python"} <= meta["made_by"].keys()

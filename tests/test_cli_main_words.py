@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 
 import spmd_train.cli.inspect_config
 import spmd_train.cluster
+from spmd_train import training
 from spmd_train.cli.main import main
 from spmd_train.cli.verbs import VERBS
 from spmd_train.config import ConfigError, ExperimentConfig, parse, to_json
@@ -226,3 +228,31 @@ def test_cli_main_process_survives_a_reader_that_leaves():
         err = process.stderr.read()
     assert process.returncode == 141
     assert err == b""
+
+
+def test_cli_main_told_to_stop_outside_the_steps(monkeypatch, tmp_path):
+    """While data is opened, say, or after the last step: nothing is to be saved."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(training, "train", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["train", TINY, f"--workdir={tmp_path}"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 75
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/below", "s3://bucket/run"])
+def test_cli_main_workdir_that_cannot_be_written(workdir, capsys, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    path = workdir if "://" in workdir else f"{tmp_path}/{workdir}"
+    words = ["--config.model.num_layers=1", "--config.train.eval_every=0"]
+    assert path in refusal(["train", TINY, f"--workdir={path}", *words], capsys)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_cli_main_workdir_in_the_home_folder(run_verb, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    run_verb(["report", "--workdir=~/run"], lambda args: seen.append(args.workdir) or 0)
+    assert seen == [tmp_path / "run"]

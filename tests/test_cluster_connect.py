@@ -74,6 +74,8 @@ def test_cluster_incomplete_says_what_was_seen(nowhere):
     nowhere.setenv("SLURM_JOB_ID", "77")
     with pytest.raises(ConfigError, match=r"--coordinator_address and --process_id.*SLURM_JOB_ID"):
         cluster.connect(cluster.Place(num_processes=2))
+    with pytest.raises(ConfigError, match="coordinator_address=here: must be HOST:PORT"):
+        cluster.connect(cluster.Place("here", num_processes=2, process_id=0))
 
 
 def test_cluster_that_cannot_be_read_says_what_was_seen(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pathlib
+import re
 
 import fault_helpers as faults
 import pytest
@@ -122,3 +124,18 @@ def test_drift_is_refused_at_a_restart(tmp_path, capsys, caplog):
     assert main(words(**changed)) == 0
     assert "config.data.text_key: 'text' -> 'body'" in caplog.text
     assert "train.num_steps: 2 -> 4" in caplog.text
+
+
+def test_drift_of_the_data_is_told(tmp_path, capsys, caplog):
+    """Other content under the same name: other batches."""
+    words = faults.command(tmp_path / "run", devices=0, train__num_steps=2)
+    assert main(words) == 0
+    (path,) = [word.partition("=")[2] for word in words if word.startswith("--config.data.path=")]
+    with pathlib.Path(path).open("a") as file:
+        file.write("more")
+    words.append("--config.train.num_steps=3")
+    assert main([*words, "--config.checkpoint.on_drift=refuse"]) == 2
+    told = r"data \(train\): [\d,]+ tokens \(\w{12}\) -> [\d,]+ tokens \(\w{12}\)"
+    assert re.search(told, capsys.readouterr().err)
+    assert main(words) == 0
+    assert re.search(told, caplog.text)

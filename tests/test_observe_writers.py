@@ -18,6 +18,7 @@ from spmd_train.observe import (
     TensorBoardWriter,
     WandbWriter,
     Writers,
+    check_writers,
     make_writers,
     read_jsonl,
 )
@@ -181,8 +182,9 @@ def test_observe_wandb_logs_and_resumes_the_same_run(tmp_path, monkeypatch):
 def test_observe_wandb_missing_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` fail
     config = ObserveConfig(wandb_project="proj")
-    with pytest.raises(ConfigError, match=r"observe\.wandb_project.*pip install"):
-        make_writers(config, workdir=tmp_path / "run", run_config={})
+    for refuse in (make_writers, lambda config, **_: check_writers(config)):
+        with pytest.raises(ConfigError, match=r"observe\.wandb_project.*pip install"):
+            refuse(config, workdir=tmp_path / "run", run_config={})
     assert not (tmp_path / "run").exists()
 
 

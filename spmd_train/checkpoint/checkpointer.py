@@ -93,6 +93,10 @@ class Checkpointer:
         self.committed = found
         return None if found < 0 else found
 
+    def damaged(self) -> list[str]:
+        """Folders of steps that were whole once and have been put aside."""
+        return step_folders.damaged_steps(self.directory)
+
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Saves a state; asynchronous: device memory is copied now, files are written later.
 

@@ -1,4 +1,4 @@
-"""What has changed since a checkpoint was made: versions, code, config."""
+"""What has changed since a checkpoint was made: versions, code, data, config."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def check_drift(
     """Says what differs from a checkpoint's making, or refuses to go on from it.
 
     Args:
-        meta: kept beside the checkpoint: `config` and `made_by`.
+        meta: kept beside the checkpoint: `config`, `made_by` and the `facts` of `data`.
         config: of this run, as `config.to_dict` makes it.
-        facts: versions of this run, by name.
+        facts: versions and data of this run, by name.
         policy: `on_drift`.
         tell: whether this process does the telling.
 
@@ -79,7 +79,7 @@ def check_drift(
     """
     if policy.on_drift == "ignore":
         return
-    made_by = meta.get("made_by", {})
+    made_by = meta.get("made_by", {}) | meta.get("data", {}).get("facts", {})
     told = [
         f"{name}: {made_by[name]} -> {facts[name]}"
         for name in sorted(made_by)

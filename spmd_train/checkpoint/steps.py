@@ -46,6 +46,11 @@ def bad_steps(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*.bad-*") if _BAD.fullmatch(p.name))
 
 
+def damaged_steps(folder: Path) -> list[str]:
+    """Names of quarantined folders that were whole once: their saves had been finished."""
+    return [name for name in bad_steps(folder) if (folder / name / MANIFEST).is_file()]
+
+
 def commit(folder: Path, step: int) -> int:
     """Hashes every file of a step and writes its manifest: from now on the step counts.
 

@@ -36,6 +36,7 @@ any key of the config:
 _EXIT_CODES = """\
 exit codes:
   0    done
+  1    not as it should be: a checkpoint is damaged, a run gave up; logged
   2    a mistake in the command line, the config or the data: one message, nothing written
   3    plan: it does not fit the target
   75   told to stop (SIGTERM) and saved: the same command line goes on

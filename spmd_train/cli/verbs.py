@@ -98,11 +98,19 @@ def _named(text: str, what: str) -> str:
 
 
 def _folder(text: str) -> pathlib.Path:
-    return pathlib.Path(_named(text, "folder"))
+    return _path(text, "folder")
 
 
 def _file(text: str) -> pathlib.Path:
-    return pathlib.Path(_named(text, "file"))
+    return _path(text, "file")
+
+
+def _path(text: str, what: str) -> pathlib.Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a {what} of this machine: mount the bucket (gcsfuse, mountpoint-s3)"
+        )
+    return pathlib.Path(_named(text, what)).expanduser()  # A shell leaves the ~ of --flag=~/x.
 
 
 def _config(text: str) -> str:
@@ -175,11 +183,15 @@ HF_DIR = Flag(
     help="a Hugging Face checkpoint: config.json and safetensors files",
 )
 
-TARGET = Flag(
+NEEDED_TARGET = Flag(
     name="target",
     metavar="TARGET",
+    required=True,
     help="compile for hardware that is not here: cpu:8, v5e:16x16, 2xv5p:4x4x4 (slices), "
-    "h100:4x8 (nodes x GPUs), ... (default: the devices at hand)",
+    "h100:4x8 (nodes x GPUs), ...",
+)
+TARGET = dataclasses.replace(
+    NEEDED_TARGET, required=False, help=f"{NEEDED_TARGET.help} (default: the devices at hand)"
 )
 
 _INSPECT = (CONFIG, SIMULATE_DEVICES, JSON)
@@ -268,7 +280,7 @@ VERBS: tuple[Verb, ...] = (
         example="spmd-train plan --config=configs/llama3_8b.py --target=v5p:4x4x8",
         flags=(
             CONFIG,
-            dataclasses.replace(TARGET, required=True),
+            NEEDED_TARGET,
             Flag(
                 name="search",
                 default=False,

@@ -75,7 +75,7 @@ class TokenStream:
       tokens: ids, unsigned [num_tokens + 1]; the last is the closing marker.
       starts: where documents start, int64 [num_documents + 1]; the last is num_tokens.
       num_bytes: bytes of the text, in UTF-8.
-      path: the cache entry.
+      path: the cache entry, named after what made it: content, tokenizer, split.
       maps: what both arrays are views of.
     """
 

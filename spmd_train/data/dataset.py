@@ -59,6 +59,14 @@ class Dataset:
         return sum(stream.num_tokens for stream in self.streams)
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What each source holds, by the name of the source: other facts, other batches."""
+        return {
+            f"{name} ({self.split})": f"{stream.num_tokens:,} tokens ({stream.path.name[:12]})"
+            for name, stream in zip(self.names, self.streams, strict=True)
+        }
+
+    @property
     def num_sequences(self) -> int:
         """Windows in one epoch."""
         return int(self._bounds[-1])

@@ -17,4 +17,5 @@ from spmd_train.observe.writers import MetricWriter as MetricWriter
 from spmd_train.observe.writers import TensorBoardWriter as TensorBoardWriter
 from spmd_train.observe.writers import WandbWriter as WandbWriter
 from spmd_train.observe.writers import Writers as Writers
+from spmd_train.observe.writers import check_writers as check_writers
 from spmd_train.observe.writers import make_writers as make_writers

@@ -83,13 +83,7 @@ class WandbWriter:
         Raises:
             ConfigError: wandb is not installed.
         """
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ConfigError(
-                f"observe.wandb_project = {project!r} needs the package wandb: "
-                "pip install 'spmd-train[wandb]', or leave it empty"
-            ) from error
+        wandb = _import_wandb(project)
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb_id"
@@ -142,6 +136,26 @@ class Writers:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _import_wandb(project: str) -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            f"observe.wandb_project = {project!r} needs the package wandb: "
+            "pip install 'spmd-train[wandb]', or leave it empty"
+        ) from error
+
+
+def check_writers(config: ObserveConfig) -> None:
+    """Refuses what `make_writers` would refuse.
+
+    Raises:
+        ConfigError: Weights & Biases is asked for and not installed.
+    """
+    if config.wandb_project:
+        _import_wandb(config.wandb_project)
 
 
 def make_writers(

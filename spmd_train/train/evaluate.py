@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -69,24 +69,39 @@ def with_bits_per_byte(values: dict[str, float], *, bytes_per_token: float) -> d
     return values | {"bits_per_byte": bits / bytes_per_token}
 
 
-def evaluate(program: Program, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+class StoppedError(Exception):
+    """Told to stop before the last batch."""
+
+
+def evaluate(
+    program: Program,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
     """Evaluates parameters on batches.
 
     Args:
         program: whose `eval_step` to run.
         params: sharded as the program plans.
         batches: global batches; padding has weight 0.
+        stop: asked after every batch whether to leave.
 
     Returns:
         Means over all tokens of all batches.
 
     Raises:
+        StoppedError: told to stop.
         ValueError: there is no batch.
     """
     total: Metrics | None = None
     for batch in batches:
-        sums = program.eval_step(params, batch)
+        sums, before = program.eval_step(params, batch), total
         total = sums if total is None else {name: total[name] + sums[name] for name in total}
+        jax.block_until_ready(before)  # One batch ahead of the device, so that it can stop.
+        if stop():
+            raise StoppedError
     if total is None:
         raise ValueError("evaluate: the evaluation split has no batch")
     return means(jax.device_get(total))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
+_asked = itertools.count(1)
 
 
 class PreemptedError(Exception):
@@ -56,11 +58,12 @@ class StopNotice:
             leaving = self._told and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if leaving else handler)  # pyright: ignore[reportArgumentType]
 
-    def agreed(self, step: int) -> bool:
-        """Whether all processes stop after this step; to be asked once after every step."""
+    def agreed(self) -> bool:
+        """Whether all processes stop here; all must ask as often: after each step, say."""
         if jax.process_count() == 1:
             return self._told
-        return multihost_utils.reached_preemption_sync_point(step)
+        # The service picks a number that none has come to yet; it must see each.
+        return multihost_utils.reached_preemption_sync_point(next(_asked))
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if not self._told:
