@@ -60,7 +60,7 @@ _SUMS = (
 _APART = "large sums are not made one: those wait for the last of them, and for nothing else"
 _SCATTERS = "a layer's reduce-scatters are not made one: that has nothing left to run beside it"
 _NVIDIA = "https://docs.nvidia.com/jax-toolbox/environment-variables"
-_SCHEDULE = "collectives run while something is computed; by default those of A100 do not"
+_SCHEDULE = "collectives run while something is computed: without it not on several nodes of A100s"
 _COMBINED = "https://github.com/openxla/xla/pull/18838"
 _REDUCTIONS = "sums of gradients over data wait for the end of the backward pass, and for less"
 

@@ -6,11 +6,11 @@ from helpers import plan_of
 pytestmark = pytest.mark.plan_cuda
 
 
-# By default an A100's collectives run alone. An H100's reduce-scatters of a layer are one, with
-# nothing left to run beside it.
+# By default collectives of A100s on several nodes run alone. An H100's reduce-scatters of a layer
+# are one, with nothing left to run beside it.
 @pytest.mark.parametrize(
     "target, purpose, least",
-    [("a100:1x8", "parameter_gathers", 0.1), ("h100:2x8", "gradient_reductions", 0.5)],
+    [("a100:2x8", "parameter_gathers", 0.1), ("h100:2x8", "gradient_reductions", 0.5)],
 )
 @pytest.mark.parametrize("flags", ["on", "off"])
 def test_plan_gpu_sends_while_it_computes(flags, target, purpose, least, monkeypatch):
