@@ -62,19 +62,12 @@ def format_search(result: SearchResult, *, target: Target) -> Iterator[str]:
         f"{result.num_considered:,} layouts considered by formulas, {result.num_too_large:,} of "
         "them too large; the best were compiled:"
     )
-    lines: list[tuple[str, ...]] = [("layout", "peak", "step", "told by", "verdict")]
+    lines: list[tuple[str, ...]] = [("layout", "peak", "compiled step", "by formulas", "verdict")]
     for row in result.rows:
         peak = row.plan.needed_bytes if row.plan else row.estimate.peak_bytes
-        step = None if target.chip is None else row.seconds
-        lines.append(
-            (
-                row.candidate.name,
-                f"{peak / 2**30:.2f} GiB",
-                "unknown" if step is None else f"{step:.4g} s",
-                "compiler" if row.plan else "formula",
-                row.verdict,
-            )
-        )
+        steps = (row.seconds if row.plan else None), row.estimate.step
+        told = ["unknown" if target.chip is None else f"{s:.4g} s" if s else "" for s in steps]
+        lines.append((row.candidate.name, f"{peak / 2**30:.2f} GiB", *told, row.verdict))
     yield from columns(lines)
     if result.winner is None:
         yield "none of the compiled layouts fits: more devices, or a smaller batch"
