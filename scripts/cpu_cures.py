@@ -40,7 +40,7 @@ CURES = {
     "causal attention by blocks of queries": "blocks",
     "XLA's YNNPACK fusions off": "ynnpack",
     "layers unrolled (`model.scan_unroll`)": "unrolled",
-    "float32: bfloat16 activations and matmuls": "float32",
+    "float32: bfloat16 activations and matmuls instead": "float32",
 }
 OVERRIDES = {
     "unrolled": ("model.scan_unroll", "1"),
