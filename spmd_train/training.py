@@ -86,6 +86,7 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     check_writers(config.observe)
     check_workdir(workdir)
     rollbacks = Rollbacks(workdir)
+    notice = StopNotice()  # Kept over rollbacks.
     with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         while True:
             with goodput.span("restore"):
@@ -104,6 +105,7 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
                     eval_data,
                     checkpoints,
                     goodput,
+                    notice,
                     workdir=workdir,
                     start_step=start,
                     start_batch=batch,
@@ -150,6 +152,7 @@ def _steps(
     eval_data: Dataset | None,
     checkpoints: Checkpointer,
     goodput: Goodput,
+    notice: StopNotice,
     *,
     workdir: Path,
     start_step: int,
@@ -169,7 +172,7 @@ def _steps(
         else Writers(()) as writers,
         Progress(config.train.num_steps, start_step, quiet=not leader) as progress,
         experiment.train_batches(data, start_batch=start_batch, workdir=workdir) as batches,
-        StopNotice() as notice,
+        notice,
     ):
         if leader:
             write_text(workdir / "config.json", to_json(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 
 import fault_helpers as faults
 import numpy as np
@@ -25,6 +26,7 @@ from spmd_train.config import (
 from spmd_train.data import Dataset
 from spmd_train.observe import read_examples, read_jsonl
 from spmd_train.train.bad_numbers import BadStepError, NumbersWatch, Rollbacks, read_bundle
+from spmd_train.train.preemption import PreemptedError
 
 POISONED = 12
 
@@ -114,6 +116,24 @@ def test_bad_numbers_rollback_leaves_the_data_out(tmp_path, poison):
         )
         training.train(longer, workdir=workdir)
         assert sorted(read_examples(workdir)) == list(range(33))
+
+
+def test_bad_numbers_rollback_keeps_the_notice_to_stop(tmp_path, poison, monkeypatch):
+    """SIGTERM during the bad step: what goes on from the checkpoint stops after its first step."""
+    check, before = NumbersWatch.check, signal.getsignal(signal.SIGTERM)
+
+    def told(self, step, **numbers):
+        if step == POISONED + 1 and not (tmp_path / "run" / "rollbacks.jsonl").exists():
+            signal.raise_signal(signal.SIGTERM)
+        check(self, step, **numbers)
+
+    monkeypatch.setattr(NumbersWatch, "check", told)
+    try:
+        with pytest.raises(PreemptedError, match="after step 11, saved"):
+            changes = {"train__bad_step": "rollback"}
+            training.train(config(tmp_path / "run", **changes), workdir=tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 POISON = """

@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 import fault_helpers as faults
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from spmd_train.checkpoint.steps import committed_steps
+from spmd_train.train.preemption import StopNotice
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,17 @@ def test_full_disk_training_goes_on(whole):
     assert "(2 of checkpoint.max_failures=3 in a row)" in text
     assert sorted(os.listdir(folder / "result" / "checkpoints")) == ["60"]
     faults.assert_same(faults.final_params(folder / "result"), expected)
+
+
+def test_preemption_agreed_upon_stays_so(monkeypatch):
+    """After the last step, say, when the evaluation asks again: the service answers once."""
+    answers = iter([False, True, False, False])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: next(answers)
+    )
+    notice = StopNotice()
+    assert [notice.agreed() for _ in range(4)] == [False, True, True, True]
 
 
 HASHES_SLOWLY = """

@@ -31,7 +31,7 @@ class PreemptedError(Exception):
 
 
 class StopNotice:
-    """Notes SIGTERM and the first Ctrl-C; a context manager.
+    """Notes SIGTERM and the first Ctrl-C, for good; a context manager, to be entered repeatedly.
 
     One process needs only the note. Several have to stop after the same step, or those that go on
     wait for ever: JAX's preemption service, which takes SIGTERM over when `jax.distributed` starts,
@@ -42,6 +42,7 @@ class StopNotice:
     def __init__(self) -> None:
         self.interrupted = False
         self._told = False
+        self._agreed = False
         self._old: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopNotice:
@@ -62,8 +63,9 @@ class StopNotice:
         """Whether all processes stop here; all must ask as often: after each step, say."""
         if jax.process_count() == 1:
             return self._told
-        # The service picks a number that none has come to yet; it must see each.
-        return multihost_utils.reached_preemption_sync_point(next(_asked))
+        # The service picks a number that none has come to yet, says so there, and never again.
+        self._agreed |= multihost_utils.reached_preemption_sync_point(next(_asked))
+        return self._agreed
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if not self._told:
