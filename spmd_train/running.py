@@ -178,10 +178,10 @@ class Run:
     def _paused(self, step: int, state: TrainState) -> None:
         """Saves, then evaluates while the files are being written."""
         saving = self._stopping or self._due(step, "checkpoint_every")
-        if saving or self._due(step, "check_replicas_every"):
-            self._check_replicas(step, state)
         if saving:
             self._save(step, state)
+        elif self._due(step, "check_replicas_every"):
+            self._check_replicas(step, state)
         if not self._stopping and self._due(step, "eval_every"):
             self._evaluate(step, state)
             if self._stopping and not saving:
@@ -218,6 +218,7 @@ class Run:
                 self._watchers.replicas.check(step, state)
 
     def _save(self, step: int, state: TrainState) -> None:
+        self._check_replicas(step, state)
         begin, goodput = time.monotonic(), self._watchers.goodput
         with goodput.span("save"):
             self._checkpoints.save(step, state, self._meta(step))

@@ -29,6 +29,7 @@ from spmd_train.config import (
     TrainConfig,
 )
 from spmd_train.observe import Writers, read_jsonl
+from spmd_train.parallel.replicas import ReplicaCheck
 from spmd_train.train.preemption import PreemptedError
 
 STEPS = 6
@@ -199,14 +200,17 @@ def test_checkpoint_resume_leaves_an_evaluation_when_told_to_stop(
         return evaluate(program, params, noted(), **stop)
 
     before = signal.getsignal(signal.SIGTERM)
-    seldom = dataclasses.replace(config.train, checkpoint_every=1000)
+    seldom = dataclasses.replace(config.train, checkpoint_every=1000, check_replicas_every=1000)
+    checked: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "evaluate", told)
+        patch.setattr(ReplicaCheck, "check", lambda _, step, __: checked.append(step))
         try:
             with pytest.raises(PreemptedError, match="after step 3, saved"):
                 training.train(dataclasses.replace(config, train=seldom), workdir=tmp_path)
         finally:
             signal.signal(signal.SIGTERM, before)
+    assert checked == [3]
     assert num_batches == 1 < experiment.open_data(config, split="eval").num_sequences / 8
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3"]
     training.train(config, workdir=tmp_path)

@@ -254,5 +254,6 @@ def test_cli_main_workdir_that_cannot_be_written(workdir, capsys, tmp_path):
 def test_cli_main_workdir_in_the_home_folder(run_verb, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     seen = []
-    run_verb(["report", "--workdir=~/run"], lambda args: seen.append(args.workdir) or 0)
-    assert seen == [tmp_path / "run"]
+    for workdir in ("~/run", "~nobody_at_all/run"):
+        run_verb(["report", f"--workdir={workdir}"], lambda args: seen.append(args.workdir) or 0)
+    assert seen == [tmp_path / "run", pathlib.Path("~nobody_at_all/run")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -110,7 +111,8 @@ def _path(text: str, what: str) -> pathlib.Path:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be a {what} of this machine: mount the bucket (gcsfuse, mountpoint-s3)"
         )
-    return pathlib.Path(_named(text, what)).expanduser()  # A shell leaves the ~ of --flag=~/x.
+    # A shell leaves the ~ of --flag=~/x.
+    return pathlib.Path(os.path.expanduser(_named(text, what)))
 
 
 def _config(text: str) -> str:
