@@ -265,7 +265,7 @@ def start_from(
     program, config = experiment.program, experiment.config
     step = checkpoints.newest_good(before=before)
     if step is None:
-        if damaged := checkpoints.damaged():
+        if damaged := checkpoints.damaged(before=before):
             raise ConfigError(
                 f"{checkpoints.directory}: all checkpoints are damaged ({', '.join(damaged)}), and "
                 "there is none to go on from. To begin anew give a new workdir, or delete them "

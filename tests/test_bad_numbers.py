@@ -180,6 +180,12 @@ def test_bad_numbers_abort_and_replay(tmp_path, poison, capsys):
     assert found["step"] == 13 and found["loss"] == "nan"
     assert found["batch"] == ["weights[0]"] and found["params"] == []
     assert found["grads"]
+    # Damage after the step has nothing to do with it: without a checkpoint before, from the start.
+    folder = workdir / "checkpoints"
+    (folder / "10").rename(folder / "20")
+    steps.quarantine(folder, 20)
+    assert main(["replay", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
     # Nobody's pickles: an array of objects is refused, not run.
     with (bundle / "batch.npz").open("wb") as file:
         np.savez(file, weights=np.array([{}], dtype=object))

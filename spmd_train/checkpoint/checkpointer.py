@@ -93,9 +93,10 @@ class Checkpointer:
         self.committed = found
         return None if found < 0 else found
 
-    def damaged(self) -> list[str]:
-        """Folders of steps that were whole once and have been put aside."""
-        return step_folders.damaged_steps(self.directory)
+    def damaged(self, *, before: int | None = None) -> list[str]:
+        """Folders of steps (before one) that were whole once and have been put aside."""
+        names = step_folders.damaged_steps(self.directory)
+        return [n for n in names if before is None or int(n.partition(".")[0]) < before]
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Saves a state; asynchronous: device memory is copied now, files are written later.
