@@ -8,15 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import random_batch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MeshConfig, RopeConfig, ShardingConfig
 from spmd_train.nn import cpu, norms
 from spmd_train.nn.activations import swiglu
+from spmd_train.nn.attention import attend
 from spmd_train.nn.embeddings import apply_rope, rope_angles
 from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.projection import project
+from spmd_train.parallel.blockwise import Tokens, visible
 from spmd_train.parallel.mesh import make_mesh
 from spmd_train.parallel.rules import Layout, make_rules, use_layout
 
@@ -121,3 +124,29 @@ def test_nn_cpu_rows_of_a_result_are_kept_apart(tokens, mesh, widths):
     expected = x @ kernel, g @ kernel.T, jnp.einsum("btd,btf->df", x, g)
     for ours, theirs in zip(step(x, kernel, g), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_nn_cpu_attention_is_jaxs_own_in_value_and_gradient():
+    """Grouped, of packed sequences, of a length whose rows of scores are put apart."""
+    keys, length = jax.random.split(jax.random.key(0), 4), 512
+    q, out_gradient = (jax.random.normal(key, (2, length, 6, 8)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[2:])
+    batch = random_batch("packed", size=2, length=length)
+    tokens = Tokens(jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["positions"]))
+    assert batch["segment_ids"].max() > 1
+
+    def ours(q, k, v):
+        return attend(q, k, v, queries=tokens, keys=tokens, in_order=True)
+
+    def jaxs(q, k, v):
+        mask = visible(tokens, tokens, window=0)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    def run(f):
+        out, pull = jax.vjp(f, q, k, v)
+        return out, *pull(out_gradient)
+
+    for got, wanted in zip(jax.jit(run, static_argnums=0)(ours), run(jaxs), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+    text = jax.jit(run, static_argnums=0).lower(ours).as_text()
+    assert "-> tensor<2x2x8x528xf32>" in text  # The gradient of keys, which come last.

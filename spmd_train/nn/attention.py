@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import ModelConfig
+from spmd_train.nn.cpu import softmax_attend
 from spmd_train.nn.embeddings import apply_rope
 from spmd_train.nn.flash import flash_attend, kernel_for
 from spmd_train.nn.norms import RMSNorm
@@ -121,15 +122,29 @@ def _attend_block(
     q_BTGRK = (q_BTHK / math.sqrt(k)).astype(q_BTHK.dtype).reshape(b, t, g, r, k)
     q_BGXK = q_BTGRK.transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, k)
     k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
+    visible_BTS = visible(queries, keys, window=window)
+    if current_platform() == "cpu" and q_BTHK.dtype == jnp.float32 and not softcap:
+        out_BGXK = softmax_attend(q_BGXK, k_BGSK, v_BGSK, visible_BTS)
+    else:
+        out_BGXK = _softmax_attend(q_BGXK, k_BGSK, v_BGSK, visible_BTS, softcap)
+    return out_BGXK.reshape(b, g, r, t, k).transpose(0, 3, 1, 2, 4).reshape(b, t, h, k)
+
+
+def _softmax_attend(
+    q_BGXK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    visible_BTS: jax.Array,
+    softcap: float,
+) -> jax.Array:
+    b, t, s = visible_BTS.shape
     scores = jnp.einsum("bgxk,bgsk->bgxs", q_BGXK, k_BGSK, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    visible_BTS = visible(queries, keys, window=window)
-    scores_BGRTS = scores.reshape(b, g, r, t, -1)
+    scores_BGRTS = scores.reshape(b, k_BGSK.shape[1], -1, t, s)
     scores_BGRTS = jnp.where(visible_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
-    weights_BGXS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype).reshape(scores.shape)
-    out_BGXK = jnp.einsum("bgxs,bgsk->bgxk", weights_BGXS, v_BGSK)
-    return out_BGXK.reshape(b, g, r, t, k).transpose(0, 3, 1, 2, 4).reshape(b, t, h, k)
+    weights_BGXS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BGSK.dtype).reshape(scores.shape)
+    return jnp.einsum("bgxs,bgsk->bgxk", weights_BGXS, v_BGSK)
 
 
 class LayerCache(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from spmd_train.parallel.manual import no_gradient
 from spmd_train.parallel.rules import current_layout, current_platform
 
 
@@ -104,3 +105,62 @@ def _rms_normalize_bwd(
 
 
 rms_normalize.defvjp(_rms_normalize_fwd, _rms_normalize_bwd)
+
+
+@jax.custom_vjp
+def softmax_attend(
+    q_BGXK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, visible_BTS: jax.Array
+) -> jax.Array:
+    """`softmax(q k^T) v` among what is visible, with a derivative of fewer and faster passes.
+
+    As in FlashAttention (arXiv:2205.14135): the weights are divided by their sum after the product
+    with `v`, and the softmax's derivative takes its dot product from the output. The gradients of
+    keys and values are multiplied with keys last, which Eigen does up to twice as fast.
+
+    Args:
+        q_BGXK: float32; X is R heads of T queries each, scaled.
+        k_BGSK: float32.
+        v_BGSK: float32.
+        visible_BTS: bool; each query sees a key.
+
+    Returns:
+        float32 [B, G, X, K].
+    """
+    return _softmax_attend_fwd(q_BGXK, k_BGSK, v_BGSK, visible_BTS)[0]
+
+
+def _softmax_attend_fwd(
+    q_BGXK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, visible_BTS: jax.Array
+):
+    b, t, s = visible_BTS.shape
+    seen_BTS = visible_BTS
+    if s % 512 == 0:  # Rows of scores apart in memory, as in `_apart`.
+        k_BGSK, v_BGSK = (jnp.pad(x, ((0, 0), (0, 0), (0, 16), (0, 0))) for x in (k_BGSK, v_BGSK))
+        seen_BTS = jnp.pad(visible_BTS, ((0, 0), (0, 0), (0, 16)))
+    scores_BGXS = jnp.einsum("bgxk,bgsk->bgxs", q_BGXK, k_BGSK)
+    scores_BGRTS = scores_BGXS.reshape(b, k_BGSK.shape[1], -1, t, seen_BTS.shape[2])
+    lowest = jnp.finfo(jnp.float32).min
+    scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, lowest)
+    powers_BGRTS = jnp.exp(scores_BGRTS - jnp.max(scores_BGRTS, axis=-1, keepdims=True))
+    share_BGX1 = 1 / jnp.sum(powers_BGRTS, axis=-1).reshape(*q_BGXK.shape[:3], 1)
+    powers_BGXS = powers_BGRTS.reshape(scores_BGXS.shape)
+    out_BGXK = jnp.einsum("bgxs,bgsk->bgxk", powers_BGXS, v_BGSK) * share_BGX1
+    saved = q_BGXK, k_BGSK, v_BGSK, visible_BTS, powers_BGXS, share_BGX1, out_BGXK
+    return out_BGXK, saved
+
+
+def _softmax_attend_bwd(saved: tuple[jax.Array, ...], g_BGXK: jax.Array):
+    q_BGXK, k_BGSK, v_BGSK, visible_BTS, powers_BGXS, share_BGX1, out_BGXK = saved
+    g_BGXK = g_BGXK * share_BGX1
+    dot_BGX1 = jnp.sum(g_BGXK * out_BGXK, axis=-1, keepdims=True)
+    scores_gradient = powers_BGXS * (jnp.einsum("bgxk,bgsk->bgxs", g_BGXK, v_BGSK) - dot_BGX1)
+    dq_BGXK = jnp.einsum("bgxs,bgsk->bgxk", scores_gradient, k_BGSK)
+    s = visible_BTS.shape[2]
+    dk_BGSK, dv_BGSK = (
+        jnp.einsum("bgxk,bgxs->bgks", x, weights)[..., :s].swapaxes(2, 3)
+        for x, weights in ((q_BGXK, scores_gradient), (g_BGXK, powers_BGXS))
+    )
+    return dq_BGXK, dk_BGSK, dv_BGSK, no_gradient(visible_BTS)
+
+
+softmax_attend.defvjp(_softmax_attend_fwd, _softmax_attend_bwd)
