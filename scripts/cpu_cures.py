@@ -38,6 +38,7 @@ CURES = {
     "RMSNorm's gradients summed by matmuls": "norms",
     "SwiGLU's own derivative": "swiglu",
     "causal attention by blocks of queries": "blocks",
+    "attention's own derivative": "attention",
     "XLA's YNNPACK fusions off": "ynnpack",
     "layers unrolled (`model.scan_unroll`)": "unrolled",
     "float32: bfloat16 activations and matmuls instead": "float32",
@@ -77,6 +78,8 @@ def leave_out(cure: str) -> None:
         _replace(mlp, "swiglu", lambda gate, up: jax.nn.silu(gate) * up)
     elif cure == "blocks":
         attention.QUERY_BLOCK["cpu"] = sys.maxsize
+    elif cure == "attention":
+        _replace(attention, "softmax_attend", attention.plain_attend)
     elif cure == "ynnpack":
         xla_flags.FLAGS["cpu"].clear()
 

@@ -126,17 +126,18 @@ def _attend_block(
     if current_platform() == "cpu" and q_BTHK.dtype == jnp.float32 and not softcap:
         out_BGXK = softmax_attend(q_BGXK, k_BGSK, v_BGSK, visible_BTS)
     else:
-        out_BGXK = _softmax_attend(q_BGXK, k_BGSK, v_BGSK, visible_BTS, softcap)
+        out_BGXK = plain_attend(q_BGXK, k_BGSK, v_BGSK, visible_BTS, softcap)
     return out_BGXK.reshape(b, g, r, t, k).transpose(0, 3, 1, 2, 4).reshape(b, t, h, k)
 
 
-def _softmax_attend(
+def plain_attend(
     q_BGXK: jax.Array,
     k_BGSK: jax.Array,
     v_BGSK: jax.Array,
     visible_BTS: jax.Array,
-    softcap: float,
+    softcap: float = 0.0,
 ) -> jax.Array:
+    """`nn.cpu.softmax_attend` of any dtype, with or without a soft cap; XLA derives it."""
     b, t, s = visible_BTS.shape
     scores = jnp.einsum("bgxk,bgsk->bgxs", q_BGXK, k_BGSK, preferred_element_type=jnp.float32)
     if softcap:
