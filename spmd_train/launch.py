@@ -148,13 +148,18 @@ class Supervisor:
                 )
             if self._signals and all(c in (0, PREEMPTED, -signal.SIGTERM) for c in codes):
                 return _End(self._told_to_stop(), "stopped before there was anything to save")
-            for rank, code in zip(ranks, codes, strict=True):
-                if code is not None and code not in (0, PREEMPTED, INTERRUPTED):
-                    return self._failed(ranks, rank, code)
+            # One that dies can take others with it within the same look: all are named.
+            dead = {
+                rank: code
+                for rank, code in zip(ranks, codes, strict=True)
+                if code is not None and code not in (0, PREEMPTED, INTERRUPTED)
+            }
+            if dead:
+                return self._failed(ranks, dead)
             if (silent := self._silent(ranks)) is not None:
                 return silent
 
-    def _failed(self, ranks: list[_Rank], rank: _Rank, code: int) -> _End:
+    def _failed(self, ranks: list[_Rank], dead: dict[_Rank, int]) -> _End:
         self._failed_at = time.monotonic()
         # The others are about to say why, or hang on the one that died.
         limit = time.monotonic() + _GRACE
@@ -163,8 +168,10 @@ class Supervisor:
         if any(r.process.poll() == USER_ERROR for r in ranks):
             return _End(USER_ERROR, "the command is mistaken, see above")
         if self._signals:
-            return _End(1, f"rank {rank.rank} failed ({_how(code)}) while stopping")
-        return _End(None, f"rank {rank.rank} died ({_how(code)}) at step {rank.step}")
+            names = ", ".join(f"rank {r.rank} failed ({_how(code)})" for r, code in dead.items())
+            return _End(1, f"{names} while stopping")
+        names = ", ".join(f"rank {r.rank} died ({_how(code)})" for r, code in dead.items())
+        return _End(None, f"{names} at step {max(r.step for r in dead)}")
 
     def _silent(self, ranks: list[_Rank]) -> _End | None:
         options = self._options
