@@ -167,10 +167,10 @@ class Supervisor:
             time.sleep(0.05)
         if any(r.process.poll() == USER_ERROR for r in ranks):
             return _End(USER_ERROR, "the command is mistaken, see above")
+        how = "failed" if self._signals else "died"
+        names = ", ".join(f"rank {r.rank} {how} ({_how(code)})" for r, code in dead.items())
         if self._signals:
-            names = ", ".join(f"rank {r.rank} failed ({_how(code)})" for r, code in dead.items())
             return _End(1, f"{names} while stopping")
-        names = ", ".join(f"rank {r.rank} died ({_how(code)})" for r, code in dead.items())
         return _End(None, f"{names} at step {max(r.step for r in dead)}")
 
     def _silent(self, ranks: list[_Rank]) -> _End | None:
