@@ -21,9 +21,9 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import jax
 from jax._src.distributed import global_state  # Its barrier has no public name.
@@ -32,6 +32,8 @@ from spmd_train.config import ConfigError
 from spmd_train.xla_flags import set_flags
 
 log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 def cache_home() -> Path:
@@ -204,6 +206,23 @@ def tell_all(text: str) -> list[str]:
 def is_leader() -> bool:
     """Whether this is process 0."""
     return jax.process_index() == 0
+
+
+def by_leader(do: Callable[[], Made]) -> Made | None:
+    """What process 0 makes, there; elsewhere None. All must call it.
+
+    Raises:
+        ConfigError: process 0's, in all processes.
+    """
+    made, refusal = None, ""
+    if is_leader():
+        try:
+            made = do()
+        except ConfigError as error:
+            refusal = str(error)
+    if told := tell_all(refusal)[0]:
+        raise ConfigError(told)
+    return made
 
 
 def connected() -> bool:

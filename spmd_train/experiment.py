@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.steps import committed_steps
+from spmd_train.checkpoint.workdir import check_workdir
 from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
 from spmd_train.nn.attention import check_attention
@@ -167,22 +167,6 @@ def load_params(
             wanted["model_state"] = state.model_state
         restored = checkpoints.restore(step, wanted, partial=True)
         return experiment, join(restored[name], restored.get("model_state", {})), step
-
-
-def check_workdir(workdir: Path) -> None:
-    """Makes the folder of a run.
-
-    Raises:
-        ConfigError: it cannot be written to.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir}: cannot be written to ({error}); give another folder"
-        ) from error
 
 
 def import_params(

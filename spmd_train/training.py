@@ -16,12 +16,12 @@ import numpy as np
 from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.drift import check_drift
+from spmd_train.checkpoint.workdir import check_workdir, hold
 from spmd_train.config import ConfigError, ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
 from spmd_train.experiment import (
     Experiment,
     build,
-    check_workdir,
     open_data,
     prompt_ids,
     sample_text,
@@ -79,15 +79,21 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
             cluster.check_same({"the lowered train step": digest})
             # Into the compilation cache, so that all begin the first step together.
             lowered.compile()
+    _check_batch_fits(experiment)
     data = open_data(config, split="train")
     eval_data = open_data(config, split="eval") if config.train.eval_every else None
     if config.sample.prompt:
         prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
-    check_writers(config.observe)
+    cluster.by_leader(lambda: check_writers(config.observe))
     check_workdir(workdir)
+    held = cluster.by_leader(lambda: hold(workdir)) or contextlib.nullcontext()
     rollbacks = Rollbacks(workdir)
     notice = StopNotice()  # Kept over rollbacks.
-    with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
+    with (
+        held,
+        goodput,
+        contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints,
+    ):
         while True:
             with goodput.span("restore"):
                 facts = cluster.code_facts() | data.facts
@@ -217,6 +223,19 @@ def _steps(
         with goodput.span("save"):
             checkpoints.wait()
         return state
+
+
+def _check_batch_fits(experiment: Experiment) -> None:
+    """Refuses a batch that is larger than the host's memory."""
+    batch = experiment.program.abstract_batch.values()
+    rows = experiment.config.train.global_batch_size
+    needed = sum(x.size * x.dtype.itemsize for x in batch) // jax.process_count()
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ConfigError(
+            f"train.global_batch_size = {rows}: this process's part of a batch takes {needed:,} "
+            f"bytes, and the host has {there:,}; set at most {rows * there // needed}"
+        )
 
 
 def _leave_bundle(
