@@ -242,5 +242,5 @@ def test_plan_knows_every_parameter_that_the_model_has() -> None:
 
 
 def test_parallel_rules_misspelt_axis_is_told_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="the nearest is embed$"):
+    with pytest.raises(ConfigError, match="the nearest is embed"):
         make_rules(ShardingConfig(rules={"embd": "fsdp"}))
