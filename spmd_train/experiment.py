@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.steps import committed_steps
 from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
+from spmd_train.folders import make_folder
 from spmd_train.nn.attention import check_attention
 from spmd_train.observe import (
     log_examples,
@@ -169,22 +169,6 @@ def load_params(
         return experiment, join(restored[name], restored.get("model_state", {})), step
 
 
-def check_workdir(workdir: Path) -> None:
-    """Makes the folder of a run.
-
-    Raises:
-        ConfigError: it cannot be written to.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir}: cannot be written to ({error}); give another folder"
-        ) from error
-
-
 def import_params(
     config: ExperimentConfig, *, workdir: Path, load: Callable[[Any], Params]
 ) -> None:
@@ -203,7 +187,7 @@ def import_params(
         raise ConfigError(f"--workdir={workdir}: has checkpoints already; give a new folder")
     params = load(experiment.program.abstract_state.params)
     state = experiment.program.init_from(params)
-    check_workdir(workdir)
+    make_folder(workdir, flag="workdir")
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
         checkpoints.newest_good()  # Puts aside what an import that was killed has left.
         checkpoints.save(0, state, {"config": to_dict(config)})

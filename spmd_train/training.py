@@ -21,12 +21,12 @@ from spmd_train.data import Dataset
 from spmd_train.experiment import (
     Experiment,
     build,
-    check_workdir,
     open_data,
     prompt_ids,
     sample_text,
     write_text,
 )
+from spmd_train.folders import make_folder
 from spmd_train.observe import (
     Goodput,
     Heartbeat,
@@ -83,8 +83,9 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     eval_data = open_data(config, split="eval") if config.train.eval_every else None
     if config.sample.prompt:
         prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
-    check_writers(config.observe)
-    check_workdir(workdir)
+    if leader:
+        check_writers(config.observe)
+    make_folder(workdir, flag="workdir")
     rollbacks = Rollbacks(workdir)
     notice = StopNotice()  # Kept over rollbacks.
     with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:

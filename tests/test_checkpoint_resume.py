@@ -8,6 +8,7 @@ import json
 import pathlib
 import shutil
 import signal
+import sys
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import MODEL, by_path, largest_difference
 
-from spmd_train import experiment, training
+from spmd_train import cluster, experiment, training
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.config import (
     CheckpointConfig,
@@ -299,6 +300,21 @@ def test_checkpoint_that_does_not_fit_is_refused_whole(
     assert named in str(error.value)
     assert ((straight / "config.json").read_bytes(), losses(straight)) == before
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["3", "6"]
+
+
+@pytest.mark.parametrize("leader", [True, False])
+def test_wandb_is_needed_where_it_is_written_to(
+    text: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, leader: bool
+) -> None:
+    def pass_on(*_: Any, **__: Any) -> None:
+        raise CrashError
+
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` fail
+    monkeypatch.setattr(cluster, "is_leader", lambda: leader)
+    monkeypatch.setattr(training, "make_folder", pass_on)
+    config = config_of(text, observe=ObserveConfig(wandb_project="proj"))
+    with pytest.raises(ConfigError if leader else CrashError):
+        training.train(config, workdir=tmp_path / "run")
 
 
 def test_checkpoint_is_plain_orbax(text: pathlib.Path, straight: pathlib.Path) -> None:

@@ -76,6 +76,10 @@ def test_interop_convert_imports_and_exports(hf_dir, tmp_path, capsys):
     assert convert(*words, *overrides) == 2
     assert "has checkpoints already" in capsys.readouterr().err
 
+    below_a_file = f"--hf_dir={workdir / 'config.json' / 'out'}"
+    assert convert("export", f"--workdir={workdir}", below_a_file) == 2
+    assert re.search(r"--hf_dir=\S+: cannot be .*another folder", capsys.readouterr().err)
+
     shutil.copyfile(hf_dir / "tokenizer.json", hf_dir / "other.json")
     assert convert("export", f"--workdir={workdir}", f"--hf_dir={out}") == 0
     assert sorted(p.name for p in out.iterdir()) == [
