@@ -21,7 +21,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -201,6 +201,27 @@ def tell_all(text: str) -> list[str]:
     return [told[process] for process in range(jax.process_count())]
 
 
+@contextlib.contextmanager
+def sharing_mistakes() -> Iterator[None]:
+    """What one process finds mistaken within, all raise, when all have come to the end of it.
+
+    Else those that find nothing go on to wait for the one that leaves, and fail less clearly.
+
+    Raises:
+        ConfigError: this process's own, or the first of another.
+    """
+    mine: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as error:
+        mine = error
+    told = tell_all("" if mine is None else f"process {jax.process_index()} on {host()}: {mine}")
+    if mine is not None:
+        raise mine
+    if others := [text for text in told if text]:
+        raise ConfigError(others[0])
+
+
 def is_leader() -> bool:
     """Whether this is process 0."""
     return jax.process_index() == 0
@@ -219,6 +240,7 @@ def abandon(code: int) -> NoReturn:
     """
     with contextlib.suppress(Exception):  # The others may be gone, or fail likewise: let them tell.
         meet("failed", seconds=_FAREWELL_SECONDS)
+        jax.distributed.shutdown()  # In order: whoever outlives the coordinator ends with a stack.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -68,7 +68,8 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     leader = cluster.is_leader()
     goodput = Goodput(workdir if leader else None, age=age)
     _check_same_config(config)
-    experiment = build(config)
+    with cluster.sharing_mistakes():
+        experiment = build(config)
     flags = flags_in_force(jax.default_backend(), os.environ)
     if leader and flags:
         log.info("XLA flags: %s", " ".join(f"--{name}={value}" for name, value in flags.items()))
@@ -79,13 +80,15 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
             cluster.check_same({"the lowered train step": digest})
             # Into the compilation cache, so that all begin the first step together.
             lowered.compile()
-    data = open_data(config, split="train")
-    eval_data = open_data(config, split="eval") if config.train.eval_every else None
-    if config.sample.prompt:
-        prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
-    if leader:
-        check_writers(config.observe)
-    make_folder(workdir, flag="workdir")
+    with cluster.sharing_mistakes():
+        data = open_data(config, split="train")
+        eval_data = open_data(config, split="eval") if config.train.eval_every else None
+        if config.sample.prompt:
+            prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
+        if leader:
+            check_writers(config.observe)
+    with cluster.sharing_mistakes():  # Nothing is written before all have found the above right.
+        make_folder(workdir, flag="workdir")
     rollbacks = Rollbacks(workdir)
     notice = StopNotice()  # Kept over rollbacks.
     with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
