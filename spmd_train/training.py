@@ -26,7 +26,7 @@ from spmd_train.experiment import (
     sample_text,
     write_text,
 )
-from spmd_train.folders import make_folder
+from spmd_train.folders import claim, make_folder
 from spmd_train.observe import (
     Goodput,
     Heartbeat,
@@ -89,9 +89,14 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
             check_writers(config.observe)
     with cluster.sharing_mistakes():  # Nothing is written before all have found the above right.
         make_folder(workdir, flag="workdir")
+        claimed = claim(workdir) if leader else contextlib.nullcontext()
     rollbacks = Rollbacks(workdir)
     notice = StopNotice()  # Kept over rollbacks.
-    with goodput, contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
+    with (
+        claimed,
+        goodput,
+        contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints,
+    ):
         while True:
             with goodput.span("restore"):
                 facts = cluster.code_facts() | data.facts

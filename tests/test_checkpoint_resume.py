@@ -8,6 +8,7 @@ import json
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -271,7 +272,8 @@ def test_checkpoint_of_a_finished_run_is_left_alone(
     text: pathlib.Path, straight: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def files() -> dict[pathlib.Path, int]:
-        return {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+        paths = [p for p in straight.rglob("*") if p.is_file() and p.name != "lock"]
+        return {p: p.stat().st_mtime_ns for p in paths}
 
     before = files()
     caplog.set_level("INFO", logger="spmd_train")
@@ -315,6 +317,24 @@ def test_wandb_is_needed_where_it_is_written_to(
     config = config_of(text, observe=ObserveConfig(wandb_project="proj"))
     with pytest.raises(ConfigError if leader else CrashError):
         training.train(config, workdir=tmp_path / "run")
+
+
+def test_checkpoint_folder_is_the_run_s_until_the_last_save_is_done(
+    text: pathlib.Path, straight: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, found = Checkpointer.close, []
+
+    def look(self: Checkpointer) -> None:
+        close(self)
+        another = "import fcntl, sys; fcntl.lockf(sys.stdin, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        with (straight / "lock").open("r+b") as lock:
+            words = [sys.executable, "-c", another]
+            done = subprocess.run(words, stdin=lock, capture_output=True)
+        found.append(b"BlockingIOError" in done.stderr)
+
+    monkeypatch.setattr(Checkpointer, "close", look)
+    training.train(config_of(text), workdir=straight)
+    assert found == [True]
 
 
 def test_checkpoint_is_plain_orbax(text: pathlib.Path, straight: pathlib.Path) -> None:
