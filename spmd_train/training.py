@@ -19,6 +19,7 @@ from spmd_train.checkpoint.drift import check_drift
 from spmd_train.config import ConfigError, ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
 from spmd_train.experiment import (
+    UNFINISHED_IMPORT,
     Experiment,
     build,
     open_data,
@@ -269,7 +270,7 @@ def start_from(
 
     Raises:
         ConfigError: the checkpoint does not fit, or differs and `checkpoint.on_drift` is `refuse`;
-            or there were some, and all of them are damaged.
+            or there were some, and all of them are damaged; or one was to be imported.
     """
     program, config = experiment.program, experiment.config
     step = checkpoints.newest_good(before=before)
@@ -279,6 +280,12 @@ def start_from(
                 f"{checkpoints.directory}: all checkpoints are damaged ({', '.join(damaged)}), and "
                 "there is none to go on from. To begin anew give a new workdir, or delete them "
                 "with spmd-train checkpoints prune"
+            )
+        if (checkpoints.directory.parent / UNFINISHED_IMPORT).exists():
+            raise ConfigError(
+                f"{checkpoints.directory.parent}: an import into it was not finished, and training "
+                "would begin with random parameters. Run spmd-train convert import again, or give "
+                "another --workdir"
             )
         return program.init(config.train.seed), 0, rollbacks.skipped(0)
     meta = checkpoints.meta(step)
