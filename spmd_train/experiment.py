@@ -14,9 +14,10 @@ import jax
 
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.steps import committed_steps
+from spmd_train.checkpoint.workdir import hold
 from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
-from spmd_train.folders import claim, make_folder
+from spmd_train.folders import make_folder
 from spmd_train.nn.attention import check_attention
 from spmd_train.observe import (
     log_examples,
@@ -193,7 +194,7 @@ def import_params(
         raise ConfigError(f"--workdir={workdir}: has checkpoints already; give a new folder")
     read = open_(experiment.program.abstract_state.params)
     make_folder(workdir, flag="workdir")
-    with claim(workdir):
+    with hold(workdir):
         unfinished = Path(workdir) / UNFINISHED_IMPORT
         unfinished.touch()
         write_text(Path(workdir) / "config.json", to_json(config))

@@ -143,6 +143,9 @@ class Run:
         watchers.progress.update(step)
         watchers.heartbeat.beat(step, self._checkpoints.committed)
         watchers.goodput.stepped(step)
+        train = self._experiment.config.train
+        if train.check_replicas_every:
+            watchers.replicas.prepare()  # While the device computes.
         weight = float(metrics["weight_sum"])
         self._numbers.check(
             step,
@@ -150,7 +153,6 @@ class Run:
             grad_norm=float(metrics["grad_norm"]),
         )
         self._told |= watchers.stragglers.stepped(step)
-        train = self._experiment.config.train
         if step % train.log_every and step not in (1, train.num_steps):
             return
         values: dict[str, float | None] = {

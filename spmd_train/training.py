@@ -16,6 +16,7 @@ import numpy as np
 from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.drift import check_drift
+from spmd_train.checkpoint.workdir import hold
 from spmd_train.config import ConfigError, ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
 from spmd_train.experiment import (
@@ -27,7 +28,7 @@ from spmd_train.experiment import (
     sample_text,
     write_text,
 )
-from spmd_train.folders import claim, make_folder
+from spmd_train.folders import make_folder
 from spmd_train.observe import (
     Goodput,
     Heartbeat,
@@ -82,6 +83,7 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
             # Into the compilation cache, so that all begin the first step together.
             lowered.compile()
     with cluster.sharing_mistakes():
+        _check_batch_fits(experiment)
         data = open_data(config, split="train")
         eval_data = open_data(config, split="eval") if config.train.eval_every else None
         if config.sample.prompt:
@@ -90,11 +92,11 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
             check_writers(config.observe)
     with cluster.sharing_mistakes():  # Nothing is written before all have found the above right.
         make_folder(workdir, flag="workdir")
-        claimed = claim(workdir) if leader else contextlib.nullcontext()
+        held = hold(workdir) if leader else contextlib.nullcontext()
     rollbacks = Rollbacks(workdir)
     notice = StopNotice()  # Kept over rollbacks.
     with (
-        claimed,
+        held,
         goodput,
         contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints,
     ):
@@ -227,6 +229,19 @@ def _steps(
         with goodput.span("save"):
             checkpoints.wait()
         return state
+
+
+def _check_batch_fits(experiment: Experiment) -> None:
+    """Refuses a batch that is larger than the host's memory."""
+    batch = experiment.program.abstract_batch.values()
+    rows = experiment.config.train.global_batch_size
+    needed = sum(x.size * x.dtype.itemsize for x in batch) // jax.process_count()
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ConfigError(
+            f"train.global_batch_size = {rows}: this process's part of a batch takes {needed:,} "
+            f"bytes, and the host has {there:,}; set at most {rows * there // needed}"
+        )
 
 
 def _leave_bundle(

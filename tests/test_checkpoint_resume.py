@@ -272,7 +272,7 @@ def test_checkpoint_of_a_finished_run_is_left_alone(
     text: pathlib.Path, straight: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def files() -> dict[pathlib.Path, int]:
-        paths = [p for p in straight.rglob("*") if p.is_file() and p.name != "lock"]
+        paths = [p for p in straight.rglob("*") if p.is_file() and p.name != ".lock"]
         return {p: p.stat().st_mtime_ns for p in paths}
 
     before = files()
@@ -326,8 +326,8 @@ def test_checkpoint_folder_is_the_run_s_until_the_last_save_is_done(
 
     def look(self: Checkpointer) -> None:
         close(self)
-        another = "import fcntl, sys; fcntl.lockf(sys.stdin, fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        with (straight / "lock").open("r+b") as lock:
+        another = "import fcntl, sys; fcntl.flock(sys.stdin, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        with (straight / ".lock").open("r+b") as lock:
             words = [sys.executable, "-c", another]
             done = subprocess.run(words, stdin=lock, capture_output=True)
         found.append(b"BlockingIOError" in done.stderr)

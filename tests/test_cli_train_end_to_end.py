@@ -72,7 +72,7 @@ def test_cli_train_end_to_end(spmd_train, tmp_path):
     assert "a sample:\ndef " in first.stderr
     assert "written to run: config.json, metrics.jsonl" in first.stderr
     assert sorted(p.name for p in workdir.iterdir()) == [
-        *("checkpoints", "config.json", "goodput.jsonl", "lock", "metrics.jsonl", "tensorboard"),
+        *(".lock", "checkpoints", "config.json", "goodput.jsonl", "metrics.jsonl", "tensorboard"),
     ]
     after_first = metrics(workdir)
     assert [row[:2] for row in after_first] == [

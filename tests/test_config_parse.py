@@ -184,7 +184,12 @@ def test_config_parse_refused_value_is_no_contradiction_too():
         ({"model.rope.scaling": "llama3", "model.rope.low_freq_factor": 4.0}, "must be less than"),
         ({"loss.chunk_tokens": 100}, "chunk_tokens must divide sequence_length"),
         ({"loss.chunk_tokens": 512}, "chunk_tokens must divide sequence_length"),
-        ({"train.grad_accumulation": 5}, "grad_accumulation must divide global_batch_size"),
+        (
+            {"train.grad_accumulation": 5},
+            "must divide global_batch_size; the nearest that does is 4",
+        ),
+        ({"train.grad_accumulation": 10**9}, "the nearest that does is 16"),
+        ({"plan.silence": "unused-axs"}, "the nearest is unused-axis"),
         ({"mesh.fsdp": -1}, "at most one axis may be -1"),
         ({"mesh.replica": 2}, "mesh.replica = 2: this axis is not yet possible in this version"),
         ({"pipeline.virtual_stages": 2}, "only the schedule interleaved"),

@@ -222,10 +222,10 @@ def test_model_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert (layers[0] != layers[1]).mean() == pytest.approx(2 * 0.25 * 0.75, abs=0.01)
 
 
-@pytest.mark.parametrize("blocks", [2, 2.5, 4])
+@pytest.mark.parametrize("blocks, window", [(2, 0), (2.5, 0), (4, 0), (4, 200)])
 @pytest.mark.parametrize("kept", [True, False])
 def test_model_attention_by_query_blocks_is_attention(
-    blocks: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+    blocks: float, window: int, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In value and gradient; `in_order=False` computes all scores at one time."""
     length = int(blocks * attention.QUERY_BLOCK["cpu"])
@@ -241,13 +241,15 @@ def test_model_attention_by_query_blocks_is_attention(
 
     def run(in_order: bool) -> Any:
         def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attend(q, k, v, queries=tokens, keys=tokens, in_order=in_order, softcap=4.0)
+            how: dict[str, Any] = {"in_order": in_order, "softcap": 4.0, "window": window}
+            return attend(q, k, v, queries=tokens, keys=tokens, **how)
 
         out, pull = jax.vjp(f, q, k, v)
         return out, *pull(out_gradient)
 
     text = jax.jit(lambda: run(True)).lower().as_text()
     assert f"x{length}x{length}x" not in text  # the scores of all queries
+    assert "stablehlo.pad" not in text  # gradients of blocks, filled up with zeros
     for got, wanted in zip(run(True), run(False), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 

@@ -21,6 +21,7 @@ from spmd_train.config import (
 )
 from spmd_train.parallel.mesh import make_mesh
 from spmd_train.parallel.plan import plan_params
+from spmd_train.parallel.rules import make_rules
 
 ALL2 = {"data": 2, "fsdp": 2, "tensor": 2}
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -238,3 +239,8 @@ def test_plan_knows_every_parameter_that_the_model_has() -> None:
     shapes = param_shapes(MODEL)
     assert {p.removeprefix("params/") for p in plans if p.startswith("params/")} == set(shapes)
     assert all(plans[f"params/{path}"].shape == leaf.shape for path, leaf in shapes.items())
+
+
+def test_parallel_rules_misspelt_axis_is_told_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="the nearest is embed"):
+        make_rules(ShardingConfig(rules={"embd": "fsdp"}))

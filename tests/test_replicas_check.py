@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import threading
 
 import fault_helpers as faults
 import jax
@@ -61,6 +62,25 @@ def test_replicas_that_agree_pass(trained):
     check, state = trained
     assert check.needed
     check.check(3, state)
+
+
+def test_replicas_are_compiled_for_in_the_background(trained):
+    _, state = trained
+    check = ReplicaCheck(program_of({"data": 2, "fsdp": 2, "tensor": 2}).abstract_state, hosts=[])
+    compiled = []
+
+    def listen(event, _, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        check.prepare()
+        check.prepare()
+        check.check(3, state)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1 and compiled[0].startswith("replica-check"), compiled
 
 
 @pytest.mark.parametrize("bit, at", [(0, 0), (31, 0), (17, 100)])

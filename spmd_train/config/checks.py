@@ -7,6 +7,7 @@ does not fill them, a dim that does not divide) is found by `parallel`; whether 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ def conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
     yield from _optimizer_conflicts(config.optimizer)
     yield from _rounding_conflicts(config)
     yield from _batch_conflicts(config.train)
+    yield from _lint_conflicts(config.plan)
 
 
 def precision_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
@@ -312,5 +314,21 @@ def _batch_conflicts(train: schema.TrainConfig) -> Iterator[Conflict]:
                 "train.global_batch_size": train.global_batch_size,
                 "train.grad_accumulation": train.grad_accumulation,
             },
-            "grad_accumulation must divide global_batch_size",
+            "grad_accumulation must divide global_batch_size; the nearest that does is "
+            f"{_nearest_divisor(train.global_batch_size, train.grad_accumulation)}",
         )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
+    return min((*small, *(number // n for n in small)), key=lambda n: abs(n - wanted))
+
+
+def _lint_conflicts(plan: schema.PlanConfig) -> Iterator[Conflict]:
+    for name in plan.silent:
+        if name not in schema.LINTS:
+            yield Conflict(
+                {"plan.silence": plan.silence},
+                f"{name!r} is no lint; there are {', '.join(schema.LINTS)}; the nearest is "
+                f"{nearest(name, schema.LINTS)}",
+            )

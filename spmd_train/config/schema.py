@@ -546,6 +546,18 @@ class ChipConfig:
     )
 
 
+LINTS = (
+    "replicated-parameter",
+    "unused-axis",
+    "reshard-in-scan",
+    "gathered-optimizer-state",
+    "slow-network-per-layer",
+    "float32-matmul",
+    "grows-with-depth",
+)
+"""What `plan` looks for: plan/lints.py."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """What `spmd-train plan` reckons with; training does not read it."""
@@ -553,8 +565,13 @@ class PlanConfig:
     tokens: int = key(0, "tokens to train on; 0: those of train.num_steps", at_least=0)
     dollars_per_device_hour: float = key(0.0, "price of a device; 0: not told", at_least=0)
     watts_per_device: float = key(0.0, "power of a device, all included; 0: not told", at_least=0)
-    silence: str = key("", "names of lints not to report, comma-separated")
+    silence: str = key("", f"lints not to report, comma-separated, of {', '.join(LINTS)}")
     chip: ChipConfig = section(ChipConfig)
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """What `silence` names."""
+        return tuple(name.strip() for name in self.silence.split(",") if name.strip())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

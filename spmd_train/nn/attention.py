@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from spmd_train.config import ModelConfig
-from spmd_train.nn.cpu import softmax_attend
+from spmd_train.nn.cpu import cut, softmax_attend
 from spmd_train.nn.embeddings import apply_rope
 from spmd_train.nn.flash import flash_attend, kernel_for
 from spmd_train.nn.norms import RMSNorm
@@ -95,14 +95,18 @@ def attend(
     block = _attend_block
     if length > KEPT_SCORES:
         block = jax.checkpoint(_attend_block, static_argnums=(5, 6))
-    outputs = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        first = max(0, start + 1 - window) // size * size if window else 0
-        rows = Tokens(*(x[:, start:end] for x in queries))
-        seen = Tokens(*(x[:, first:end] for x in keys))
-        q, k, v = q_BTHK[:, start:end], k_BSGK[:, first:end], v_BSGK[:, first:end]
-        outputs.append(block(q, k, v, rows, seen, softcap, window))
+    rows = tuple((start, min(start + size, length)) for start in range(0, length, size))
+    seen = tuple(
+        (max(0, start + 1 - window) // size * size if window else 0, end) for start, end in rows
+    )
+    parts = (
+        cut(q_BTHK, rows),
+        cut(k_BSGK, seen),
+        cut(v_BSGK, seen),
+        [Tokens(*(x[:, start:end] for x in queries)) for start, end in rows],
+        [Tokens(*(x[:, first:end] for x in keys)) for first, end in seen],
+    )
+    outputs = [block(*part, softcap, window) for part in zip(*parts, strict=True)]
     return jnp.concatenate(outputs, axis=1)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -43,21 +44,26 @@ class ReplicaCheck:
             for path, leaf in flat
             if (groups := self._copies(leaf.sharding)).shape[1] > 1
         }
-        shardings = {
-            name: leaf.sharding for path, leaf in flat if (name := leaf_path(path)) in self._groups
+        self._leaves = {
+            name: leaf for path, leaf in flat if (name := leaf_path(path)) in self._groups
         }
-        held = [name for name, sharding in shardings.items() if sharding.memory_kind == "device"]
+        held = [name for name, x in self._leaves.items() if x.sharding.memory_kind == "device"]
         # What is in the host's memory comes to the device alone: it may not have room for all.
-        self._turns = [
-            (names, self._hash([shardings[name].spec for name in names]))
-            for names in (held, *([name] for name in shardings if name not in held))
-            if names
-        ]
+        alone = [[name] for name in self._leaves if name not in held]
+        self._turns = [names for names in (held, *alone) if names]
+        self._hashes: list[Future[jax.stages.Compiled]] = []
 
     @property
     def needed(self) -> bool:
         """Whether anything is there more than once."""
         return bool(self._groups)
+
+    def prepare(self) -> None:
+        """Starts to compile what the first `check` then waits for; does nothing the next time."""
+        if not self._hashes:
+            with_one = ThreadPoolExecutor(1, thread_name_prefix="replica-check")
+            self._hashes = [with_one.submit(self._compile, names) for names in self._turns]
+            with_one.shutdown(wait=False)
 
     def check(self, step: int, state: Any) -> None:
         """Compares; every process must call it.
@@ -75,8 +81,9 @@ class ReplicaCheck:
         flat = jax.tree_util.tree_flatten_with_path(state)[0]
         leaves = {leaf_path(path): leaf for path, leaf in flat}
         bad: dict[int, list[str]] = collections.defaultdict(list)
-        for names, hashes in self._turns:
-            table_DL = np.asarray(jax.device_get(hashes([leaves[name] for name in names])))
+        self.prepare()
+        for names, hashes in zip(self._turns, self._hashes, strict=True):
+            table_DL = np.asarray(jax.device_get(hashes.result()([leaves[n] for n in names])))
             for name, hash_D in zip(names, table_DL.T, strict=True):
                 for group in self._groups[name]:
                     for device in _outvoted(group, hash_D[group]):
@@ -84,19 +91,20 @@ class ReplicaCheck:
         if bad:
             raise CorruptStateError(self._message(step, bad))
 
-    def _hash(self, specs: list[PartitionSpec]) -> Callable[[list[jax.Array]], jax.Array]:
-        """A function from leaves to their hashes on every device: [D, L]."""
+    def _compile(self, names: list[str]) -> jax.stages.Compiled:
+        """A function from leaves to their hashes on every device: uint32 [D, L]."""
         by_device = jax.shard_map(
             lambda leaves: jnp.stack([_fingerprint(leaf) for leaf in leaves])[None],
             mesh=self._mesh,
-            in_specs=(specs,),
+            in_specs=([self._leaves[name].sharding.spec for name in names],),
             out_specs=PartitionSpec(self._mesh.axis_names),
             check_vma=False,
         )
-        return jax.jit(
+        hashes = jax.jit(
             lambda leaves: by_device(jax.device_put(leaves, jax.memory.Space.Device)),
             out_shardings=NamedSharding(self._mesh, PartitionSpec()),
         )
+        return hashes.lower([self._leaves[name] for name in names]).compile()
 
     def _copies(self, sharding: NamedSharding) -> np.ndarray:
         """Flat numbers of devices in the mesh: a row for each shard, its copies side by side."""

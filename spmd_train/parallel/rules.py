@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MESH_AXES, ConfigError, ContextConfig, ShardingConfig
+from spmd_train.config.keys import nearest
 
 DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     # Activations.
@@ -80,7 +81,8 @@ def make_rules(config: ShardingConfig) -> dict[str, tuple[str, ...]]:
     for name, axes in config.rules.items():
         if name not in rules:
             raise ConfigError(
-                f"sharding.rules.{name}: no such logical axis; known: {', '.join(rules)}"
+                f"sharding.rules.{name}: no such logical axis; known: {', '.join(rules)}; "
+                f"the nearest is {nearest(name, rules)}"
             )
         rules[name] = mesh_axes_of(axes, where=f"sharding.rules.{name}")
     return rules

@@ -243,12 +243,9 @@ def make_plan(
         run=_run_cost(config, speed=speed, num_devices=num_devices),
         lints=(),
     )
-    silent = [name.strip() for name in config.plan.silence.split(",") if name.strip()]
     return dataclasses.replace(
         plan,
-        lints=tuple(
-            find_lints(config, program=program, step=step, cost=cost, target=target, silent=silent)
-        ),
+        lints=tuple(find_lints(config, program=program, step=step, cost=cost, target=target)),
     )
 
 

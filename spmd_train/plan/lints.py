@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from spmd_train.config import ConfigError, ExperimentConfig
+from spmd_train.config import ExperimentConfig
 from spmd_train.parallel.rules import axes_of
 from spmd_train.plan.compiled import CompiledStep
 from spmd_train.plan.hlo_cost import ProgramCost
@@ -46,9 +46,8 @@ def find_lints(
     step: CompiledStep | None,
     cost: ProgramCost | None,
     target: Target,
-    silent: Sequence[str] = (),
 ) -> list[Lint]:
-    """Runs all lints.
+    """Runs all lints but those of `plan.silence`.
 
     Args:
         config: of the experiment.
@@ -56,21 +55,12 @@ def find_lints(
         step: its compiled step; None: only the lints on the plan run.
         cost: what the step executes.
         target: what it is for.
-        silent: names not to report.
-
-    Raises:
-        ConfigError: `silent` names no lint.
     """
-    unknown = sorted(set(silent) - set(LINTS))
-    if unknown:
-        raise ConfigError(
-            f"plan.silence: {', '.join(unknown)}: no such lint; there are {', '.join(LINTS)}"
-        )
     seen = _Seen(config=config, program=program, step=step, cost=cost, target=target)
     return [
         Lint(name=name, message=message)
         for name, lint in LINTS.items()
-        if name not in silent
+        if name not in config.plan.silent
         for message in lint(seen)
     ]
 
@@ -175,4 +165,4 @@ LINTS: Mapping[str, Callable[[_Seen], Iterator[str]]] = {
     "float32-matmul": _float32_matmul,
     "grows-with-depth": _grows_with_depth,
 }
-"""Name to lint; each gives messages."""
+"""Name, of `config.schema.LINTS`, to lint; each gives messages."""
