@@ -21,9 +21,9 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn
 
 import jax
 from jax._src.distributed import global_state  # Its barrier has no public name.
@@ -32,8 +32,6 @@ from spmd_train.config import ConfigError
 from spmd_train.xla_flags import set_flags
 
 log = logging.getLogger(__name__)
-
-Made = TypeVar("Made")
 
 
 def cache_home() -> Path:
@@ -203,26 +201,30 @@ def tell_all(text: str) -> list[str]:
     return [told[process] for process in range(jax.process_count())]
 
 
+@contextlib.contextmanager
+def sharing_mistakes() -> Iterator[None]:
+    """What one process finds mistaken within, all raise, when all have come to the end of it.
+
+    Else those that find nothing go on to wait for the one that leaves, and fail less clearly.
+
+    Raises:
+        ConfigError: this process's own, or the first of another.
+    """
+    mine: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as error:
+        mine = error
+    told = tell_all("" if mine is None else f"process {jax.process_index()} on {host()}: {mine}")
+    if mine is not None:
+        raise mine
+    if others := [text for text in told if text]:
+        raise ConfigError(others[0])
+
+
 def is_leader() -> bool:
     """Whether this is process 0."""
     return jax.process_index() == 0
-
-
-def by_leader(do: Callable[[], Made]) -> Made | None:
-    """What process 0 makes, there; elsewhere None. All must call it.
-
-    Raises:
-        ConfigError: process 0's, in all processes.
-    """
-    made, refusal = None, ""
-    if is_leader():
-        try:
-            made = do()
-        except ConfigError as error:
-            refusal = str(error)
-    if told := tell_all(refusal)[0]:
-        raise ConfigError(told)
-    return made
 
 
 def connected() -> bool:
@@ -238,6 +240,7 @@ def abandon(code: int) -> NoReturn:
     """
     with contextlib.suppress(Exception):  # The others may be gone, or fail likewise: let them tell.
         meet("failed", seconds=_FAREWELL_SECONDS)
+        jax.distributed.shutdown()  # In order: whoever outlives the coordinator ends with a stack.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 
+from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.steps import committed_steps
-from spmd_train.checkpoint.workdir import check_workdir
+from spmd_train.checkpoint.workdir import hold
 from spmd_train.config import ConfigError, ExperimentConfig, to_dict, to_json
 from spmd_train.data import Dataset, Tokenizer, load_tokenizer, open_dataset
+from spmd_train.folders import make_folder
 from spmd_train.nn.attention import check_attention
 from spmd_train.observe import (
     log_examples,
@@ -30,6 +32,9 @@ from spmd_train.train.evaluate import evaluate, with_bits_per_byte
 from spmd_train.train.generate import Sampling, generate
 from spmd_train.train.program import Program, make_program
 from spmd_train.train.state import Params, join
+
+UNFINISHED_IMPORT = "import.unfinished"
+"""The file in a workdir whose parameters are to come from elsewhere, and have not all come."""
 
 log = logging.getLogger(__name__)
 
@@ -170,14 +175,17 @@ def load_params(
 
 
 def import_params(
-    config: ExperimentConfig, *, workdir: Path, load: Callable[[Any], Params]
+    config: ExperimentConfig, *, workdir: Path, open_: Callable[[Any], Callable[[], Params]]
 ) -> None:
     """Makes a workdir whose checkpoint of step 0 has parameters from elsewhere.
+
+    Killed on the way, it leaves `UNFINISHED_IMPORT`: the run must not begin with other parameters.
 
     Args:
         config: what will be trained from it.
         workdir: must have no checkpoint yet.
-        load: makes the parameters from the abstract ones, whose shardings say where they belong.
+        open_: is given the abstract parameters, whose shardings say where they belong; looks
+            whether they can be had, and returns what makes the real ones.
 
     Raises:
         ConfigError: the workdir has checkpoints.
@@ -185,14 +193,20 @@ def import_params(
     experiment = build(config)
     if committed_steps(Path(workdir) / "checkpoints"):
         raise ConfigError(f"--workdir={workdir}: has checkpoints already; give a new folder")
-    params = load(experiment.program.abstract_state.params)
-    state = experiment.program.init_from(params)
-    check_workdir(workdir)
-    with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
-        checkpoints.newest_good()  # Puts aside what an import that was killed has left.
-        checkpoints.save(0, state, {"config": to_dict(config)})
-        checkpoints.wait()
-    write_text(Path(workdir) / "config.json", to_json(config))
+    read = open_(experiment.program.abstract_state.params)
+    with cluster.sharing_mistakes():
+        make_folder(workdir, flag="workdir")
+        held = hold(workdir) if cluster.is_leader() else contextlib.nullcontext()
+    with held:
+        unfinished = Path(workdir) / UNFINISHED_IMPORT
+        unfinished.touch()
+        write_text(Path(workdir) / "config.json", to_json(config))
+        state = experiment.program.init_from(read())
+        with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints:
+            checkpoints.newest_good()  # Puts aside what an import that was killed has left.
+            checkpoints.save(0, state, {"config": to_dict(config)})
+            checkpoints.wait()
+        unfinished.unlink(missing_ok=True)  # All processes do.
 
 
 def prompt_ids(

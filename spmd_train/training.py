@@ -16,10 +16,11 @@ import numpy as np
 from spmd_train import cluster
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.checkpoint.drift import check_drift
-from spmd_train.checkpoint.workdir import check_workdir, hold
+from spmd_train.checkpoint.workdir import hold
 from spmd_train.config import ConfigError, ExperimentConfig, describe, to_dict, to_json
 from spmd_train.data import Dataset
 from spmd_train.experiment import (
+    UNFINISHED_IMPORT,
     Experiment,
     build,
     open_data,
@@ -27,6 +28,7 @@ from spmd_train.experiment import (
     sample_text,
     write_text,
 )
+from spmd_train.folders import make_folder
 from spmd_train.observe import (
     Goodput,
     Heartbeat,
@@ -68,7 +70,8 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     leader = cluster.is_leader()
     goodput = Goodput(workdir if leader else None, age=age)
     _check_same_config(config)
-    experiment = build(config)
+    with cluster.sharing_mistakes():
+        experiment = build(config)
     flags = flags_in_force(jax.default_backend(), os.environ)
     if leader and flags:
         log.info("XLA flags: %s", " ".join(f"--{name}={value}" for name, value in flags.items()))
@@ -79,14 +82,17 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
             cluster.check_same({"the lowered train step": digest})
             # Into the compilation cache, so that all begin the first step together.
             lowered.compile()
-    _check_batch_fits(experiment)
-    data = open_data(config, split="train")
-    eval_data = open_data(config, split="eval") if config.train.eval_every else None
-    if config.sample.prompt:
-        prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
-    cluster.by_leader(lambda: check_writers(config.observe))
-    check_workdir(workdir)
-    held = cluster.by_leader(lambda: hold(workdir)) or contextlib.nullcontext()
+    with cluster.sharing_mistakes():
+        _check_batch_fits(experiment)
+        data = open_data(config, split="train")
+        eval_data = open_data(config, split="eval") if config.train.eval_every else None
+        if config.sample.prompt:
+            prompt_ids(config, [config.sample.prompt], data.tokenizer)  # Before it is trained for.
+        if leader:
+            check_writers(config.observe)
+    with cluster.sharing_mistakes():  # Nothing is written before all have found the above right.
+        make_folder(workdir, flag="workdir")
+        held = hold(workdir) if leader else contextlib.nullcontext()
     rollbacks = Rollbacks(workdir)
     notice = StopNotice()  # Kept over rollbacks.
     with (
@@ -279,7 +285,7 @@ def start_from(
 
     Raises:
         ConfigError: the checkpoint does not fit, or differs and `checkpoint.on_drift` is `refuse`;
-            or there were some, and all of them are damaged.
+            or there were some, and all of them are damaged; or one was to be imported.
     """
     program, config = experiment.program, experiment.config
     step = checkpoints.newest_good(before=before)
@@ -289,6 +295,12 @@ def start_from(
                 f"{checkpoints.directory}: all checkpoints are damaged ({', '.join(damaged)}), and "
                 "there is none to go on from. To begin anew give a new workdir, or delete them "
                 "with spmd-train checkpoints prune"
+            )
+        if (checkpoints.directory.parent / UNFINISHED_IMPORT).exists():
+            raise ConfigError(
+                f"{checkpoints.directory.parent}: an import into it was not finished, and training "
+                "would begin with random parameters. Run spmd-train convert import again, or give "
+                "another --workdir"
             )
         return program.init(config.train.seed), 0, rollbacks.skipped(0)
     meta = checkpoints.meta(step)

@@ -20,7 +20,7 @@ from spmd_train.config import (
     ShardingConfig,
     TrainConfig,
 )
-from spmd_train.interop import load_params, model_config_from_hf
+from spmd_train.interop import model_config_from_hf, open_params
 from spmd_train.parallel.mesh import make_mesh
 from spmd_train.tasks import LanguageModel
 from spmd_train.train.program import Program, make_program
@@ -89,7 +89,7 @@ def load(program: Program, hf_dir: Path, config: ModelConfig) -> Any:
     """The checkpoint, sharded as the program plans."""
     moe = program.model.task.moe_config
     abstract_params = program.abstract_state.params
-    return load_params(hf_dir, config=config, moe=moe, abstract_params=abstract_params)
+    return open_params(hf_dir, config=config, moe=moe, abstract_params=abstract_params)()
 
 
 def make_batch(program: Program, ids: np.ndarray) -> dict[str, jax.Array]:

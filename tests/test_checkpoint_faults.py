@@ -6,7 +6,10 @@ import contextlib
 import json
 import logging
 import os
+import pathlib
+import re
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -204,3 +207,24 @@ def test_checkpoint_verbs(workdir, capsys):
     assert "finished" in capsys.readouterr().out
     assert main(["checkpoints", "verify", flag, "--step=7"]) == 2
     assert main(["checkpoints", "list", f"--workdir={workdir}/none"]) == 2
+
+
+def test_checkpoint_prune_of_anothers_is_refused(saved, capsys):
+    with tempfile.TemporaryDirectory() as name:
+        workdir = shutil.copytree(saved, pathlib.Path(name) / "run")
+        folder = workdir / "checkpoints"
+        (folder / "7").rename(folder / "7.bad-1")
+        for way in (pathlib.Path(name), workdir):
+            way.chmod(0o755)  # Others may read.
+        folder.chmod(0o555)
+        if root := os.geteuid() == 0:
+            os.seteuid(65534)
+        try:
+            assert main(["checkpoints", "prune", f"--workdir={workdir}"]) == 2
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+        told = capsys.readouterr().err
+        assert re.search(r"--workdir=\S+: cannot .*7.bad-1.*a user who may", told)
+        assert sorted(p.name for p in folder.iterdir()) == ["3", "7.bad-1"]

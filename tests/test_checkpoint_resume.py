@@ -8,6 +8,8 @@ import json
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import MODEL, by_path, largest_difference
 
-from spmd_train import experiment, training
+from spmd_train import cluster, experiment, training
 from spmd_train.checkpoint import Checkpointer
 from spmd_train.config import (
     CheckpointConfig,
@@ -270,11 +272,8 @@ def test_checkpoint_of_a_finished_run_is_left_alone(
     text: pathlib.Path, straight: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def files() -> dict[pathlib.Path, int]:
-        return {
-            p: p.stat().st_mtime_ns
-            for p in straight.rglob("*")
-            if p.is_file() and p.name != ".lock"
-        }
+        paths = [p for p in straight.rglob("*") if p.is_file() and p.name != ".lock"]
+        return {p: p.stat().st_mtime_ns for p in paths}
 
     before = files()
     caplog.set_level("INFO", logger="spmd_train")
@@ -303,6 +302,39 @@ def test_checkpoint_that_does_not_fit_is_refused_whole(
     assert named in str(error.value)
     assert ((straight / "config.json").read_bytes(), losses(straight)) == before
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["3", "6"]
+
+
+@pytest.mark.parametrize("leader", [True, False])
+def test_wandb_is_needed_where_it_is_written_to(
+    text: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, leader: bool
+) -> None:
+    def pass_on(*_: Any, **__: Any) -> None:
+        raise CrashError
+
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` fail
+    monkeypatch.setattr(cluster, "is_leader", lambda: leader)
+    monkeypatch.setattr(training, "make_folder", pass_on)
+    config = config_of(text, observe=ObserveConfig(wandb_project="proj"))
+    with pytest.raises(ConfigError if leader else CrashError):
+        training.train(config, workdir=tmp_path / "run")
+
+
+def test_checkpoint_folder_is_the_run_s_until_the_last_save_is_done(
+    text: pathlib.Path, straight: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, found = Checkpointer.close, []
+
+    def look(self: Checkpointer) -> None:
+        close(self)
+        another = "import fcntl, sys; fcntl.flock(sys.stdin, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        with (straight / ".lock").open("r+b") as lock:
+            words = [sys.executable, "-c", another]
+            done = subprocess.run(words, stdin=lock, capture_output=True)
+        found.append(b"BlockingIOError" in done.stderr)
+
+    monkeypatch.setattr(Checkpointer, "close", look)
+    training.train(config_of(text), workdir=straight)
+    assert found == [True]
 
 
 def test_checkpoint_is_plain_orbax(text: pathlib.Path, straight: pathlib.Path) -> None:

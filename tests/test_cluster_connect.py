@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 
@@ -19,6 +20,16 @@ SLURM = {
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
 }
+
+# Opens data after all others have.
+LATE = """
+import time
+from spmd_train import training
+def open_data(*args, __open=training.open_data, **kwargs):
+    time.sleep(5)
+    return __open(*args, **kwargs)
+training.open_data = open_data
+"""
 
 
 @pytest.fixture
@@ -102,6 +113,19 @@ def test_cluster_slurm_processes_that_differ_are_named(tmp_path):
     for run, log in zip(runs, logs, strict=True):
         assert faults.end(run, log=log) == 2, log.read_text()
         assert re.search(r"process 1 on .*: config.train.seed is 1, elsewhere 0", log.read_text())
+    assert not (tmp_path / "run").exists()
+
+
+def test_cluster_mistake_of_one_process_is_told_by_all(tmp_path):
+    """Data that is missing on one of two hosts, which takes longer than the other to notice."""
+    path = os.path.relpath(faults.text_of(tmp_path), faults.ROOT)
+    words = faults.command(tmp_path / "run", devices=1, data__path=path)
+    elsewhere = f"import os\nos.chdir({str(tmp_path)!r})\n"
+    codes, told = faults.run_together(words, folder=tmp_path, prelude={1: elsewhere + LATE})
+    assert codes == [2, 2], told
+    for text, whose in zip(told, ("process 1 on .*: ", ""), strict=True):
+        assert re.search(f"\nspmd-train: {whose}data.path=.*matches no file.*\n$", text), text
+        assert not re.search(r"^[EFW]\d{4} |Traceback", text, re.M), "C++ and Python are silent"
     assert not (tmp_path / "run").exists()
 
 

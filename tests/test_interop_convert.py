@@ -14,11 +14,13 @@ import pytest
 from interop_helpers import REFERENCE
 from safetensors.numpy import load_file
 
-from spmd_train import experiment
-from spmd_train.checkpoint import Checkpointer
+from spmd_train import experiment, training
+from spmd_train.checkpoint import Checkpointer, steps
 from spmd_train.checkpoint.steps import committed_steps
 from spmd_train.cli.main import main
-from spmd_train.config import load_config, parse
+from spmd_train.config import ConfigError, load_config, parse
+from spmd_train.interop import huggingface
+from spmd_train.train.bad_numbers import Rollbacks
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "lm_tiny.py")
 
@@ -76,6 +78,10 @@ def test_interop_convert_imports_and_exports(hf_dir, tmp_path, capsys):
     assert convert(*words, *overrides) == 2
     assert "has checkpoints already" in capsys.readouterr().err
 
+    below_a_file = f"--hf_dir={workdir / 'config.json' / 'out'}"
+    assert convert("export", f"--workdir={workdir}", below_a_file) == 2
+    assert re.search(r"--hf_dir=\S+: cannot be .*another folder", capsys.readouterr().err)
+
     shutil.copyfile(hf_dir / "tokenizer.json", hf_dir / "other.json")
     assert convert("export", f"--workdir={workdir}", f"--hf_dir={out}") == 0
     assert sorted(p.name for p in out.iterdir()) == [
@@ -93,14 +99,33 @@ def test_interop_convert_imports_and_exports(hf_dir, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
-def test_interop_convert_imports_again_after_it_was_killed(hf_dir, tmp_path, capsys):
+@pytest.mark.parametrize("where", [(huggingface, "_load_leaf"), (Checkpointer, "wait")])
+def test_interop_convert_imports_again_after_it_was_killed(
+    hf_dir, tmp_path, capsys, monkeypatch, where
+):
     workdir = tmp_path / "run"
     words = ["import", f"--config={CONFIG}", f"--hf_dir={hf_dir}", f"--workdir={workdir}"]
     words += fitting_overrides(hf_dir, workdir, capsys)
-    half = workdir / "checkpoints" / "0" / "state"
-    half.mkdir(parents=True)
-    (half / "part").write_bytes(b"half a file")
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, kill)
+        patch.setattr(steps, "commit", lambda *_: None)
+        assert convert(*words) == 130
+    assert committed_steps(workdir / "checkpoints") == []
+
+    # Training does not begin with random parameters instead.
+    config = parse(load_config(str(workdir / "config.json"), []))
+    with (
+        contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpoints,
+        pytest.raises(ConfigError, match=r"not finished.*convert import again"),
+    ):
+        training.start_from(experiment.build(config), checkpoints, Rollbacks(workdir))
+
     assert convert(*words) == 0
     assert committed_steps(workdir / "checkpoints") == [0]
+    assert not (workdir / experiment.UNFINISHED_IMPORT).exists()
     assert convert(*words) == 2
     assert "has checkpoints already" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One run at a time writes into a workdir, and a file system's bad minute is no user's mistake."""
+"""One run at a time writes into a workdir."""
 
 import errno
 import fcntl
@@ -7,13 +7,12 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
 from spmd_train import cluster
 from spmd_train.checkpoint import workdir as module
-from spmd_train.checkpoint.workdir import check_workdir, hold
+from spmd_train.checkpoint.workdir import hold
 from spmd_train.cli.main import main
 from spmd_train.config import ConfigError
 
@@ -82,26 +81,23 @@ def test_workdir_is_not_made_for_a_batch_that_no_host_can_hold(tmp_path, capsys)
     assert "set at most" in told and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number, error", [(errno.EIO, OSError), (errno.EROFS, ConfigError)])
-def test_workdir_what_may_pass_is_no_mistake(tmp_path, monkeypatch, number, error):
-    def fail(**_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
-    with pytest.raises(error) as told:
-        check_workdir(tmp_path)
-    assert type(told.value) is error
+def test_workdir_of_a_full_disk_is_held_without_a_name(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    hold(tmp_path).close()
 
 
-def test_workdir_process_0_looks_for_all(monkeypatch):
-    def refuse():
-        raise ConfigError("no wandb")
+def test_workdir_whose_holder_has_no_name_is_refused(tmp_path):
+    with hold(tmp_path):
+        (tmp_path / ".lock").write_text("")
+        with pytest.raises(ConfigError, match="trains there"):
+            hold(tmp_path)
 
-    with pytest.raises(ConfigError, match="no wandb"):
-        cluster.by_leader(refuse)
-    assert cluster.by_leader(lambda: 3) == 3
-    monkeypatch.setattr(cluster, "is_leader", lambda: False)
-    assert cluster.by_leader(refuse) is None
-    monkeypatch.setattr(cluster, "tell_all", lambda text: ["no wandb", text])
-    with pytest.raises(ConfigError, match="no wandb"):
-        cluster.by_leader(lambda: 3)
+
+def test_workdir_mistakes_are_shared(monkeypatch):
+    with pytest.raises(ConfigError, match="mine"), cluster.sharing_mistakes():
+        raise ConfigError("mine")
+    with cluster.sharing_mistakes():
+        pass
+    monkeypatch.setattr(cluster, "tell_all", lambda text: ["", "process 1: no wandb", text])
+    with pytest.raises(ConfigError, match="process 1: no wandb"), cluster.sharing_mistakes():
+        pass

@@ -10,6 +10,7 @@ from typing import Any
 
 from spmd_train.checkpoint import steps
 from spmd_train.config import ConfigError
+from spmd_train.folders import writing
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,9 +64,10 @@ def _verify(args: argparse.Namespace, folder: Path) -> int:
 def _prune(args: argparse.Namespace, folder: Path) -> int:
     keep = args.config.checkpoint
     bad = steps.bad_steps(folder)
-    for name in bad:
-        steps.delete(folder, name)
-    gone = steps.prune(folder, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    with writing(args.workdir, flag="workdir", cure="run this as a user who may delete there"):
+        for name in bad:
+            steps.delete(folder, name)
+        gone = steps.prune(folder, keep_last=keep.keep_last, keep_every=keep.keep_every)
     deleted = [*map(str, gone), *bad]
     if args.json:
         print(json.dumps({"deleted": deleted, "kept": steps.committed_steps(folder)}))

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from spmd_train import experiment
-from spmd_train.interop import load_params
+from spmd_train.interop import open_params
 
 
 def run(args: argparse.Namespace) -> int:
     """Imports `args.hf_dir` into `args.workdir`."""
     sizes: list[int] = []
 
-    def load(abstract_params: Any) -> Any:
+    def open_(abstract_params: Any) -> Callable[[], Any]:
         sizes.extend(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params))
-        return load_params(
+        return open_params(
             args.hf_dir,
             config=args.config.model,
             moe=args.config.moe,
             abstract_params=abstract_params,
         )
 
-    experiment.import_params(args.config, workdir=args.workdir, load=load)
+    experiment.import_params(args.config, workdir=args.workdir, open_=open_)
     print(f"{args.workdir}: {sum(sizes):,} parameters of {args.hf_dir}, as checkpoint 0")
     tokenizer = args.hf_dir / "tokenizer.json"
     if tokenizer.is_file() and args.config.data.tokenizer != str(tokenizer):

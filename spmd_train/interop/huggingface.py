@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,10 +49,10 @@ class _Place(NamedTuple):
     at: tuple[int, ...]
 
 
-def load_params(
+def open_params(
     hf_dir: Path, *, config: ModelConfig, abstract_params: Tree, moe: MoEConfig = NO_EXPERTS
-) -> Tree:
-    """Reads a checkpoint into the sharding planned for it.
+) -> Callable[[], Tree]:
+    """Looks whether a checkpoint can be read into the sharding planned for it.
 
     Args:
         hf_dir: `config.json` and `model.safetensors`, or several files and their index.
@@ -62,18 +62,19 @@ def load_params(
             converted to theirs.
 
     Returns:
-        The tree of global arrays. Each process reads the slices of its own devices.
+        What reads it: gives the tree of global arrays. Each process reads the slices of its own
+        devices.
 
     Raises:
         ConfigError: the config is not the checkpoint's or is not supported; files are missing or
-            damaged; tensors are missing, left over or of another shape. Nothing was loaded then.
+            damaged; tensors are missing, left over or of another shape.
     """
     architecture = check_model_config(config, read_config(hf_dir), moe=moe)
     leaves = _leaves(abstract_params)
     places = _places(architecture, leaves)
     stored = _check_tensors(open_tensors(hf_dir), architecture, places, leaves)
     tables = {tensor.path: tensor for tensor in architecture.tensors}
-    return jax.tree_util.tree_map_with_path(
+    return lambda: jax.tree_util.tree_map_with_path(
         lambda path, leaf: _load_leaf(tables[leaf_path(path)], leaf, stored), abstract_params
     )
 
