@@ -37,6 +37,7 @@ from spmd_train.observe import (
     Stragglers,
     Writers,
     check_writers,
+    host_bytes,
     make_writers,
 )
 from spmd_train.parallel.mesh import mesh_text
@@ -236,7 +237,7 @@ def _check_batch_fits(experiment: Experiment) -> None:
     batch = experiment.program.abstract_batch.values()
     rows = experiment.config.train.global_batch_size
     needed = sum(x.size * x.dtype.itemsize for x in batch) // jax.process_count()
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = host_bytes()
     if needed > there:
         raise ConfigError(
             f"train.global_batch_size = {rows}: this process's part of a batch takes {needed:,} "

@@ -27,7 +27,7 @@ def at_once(monkeypatch):
 def test_workdir_is_one_runs_until_it_ends(tmp_path):
     with hold(tmp_path), pytest.raises(ConfigError) as told:
         hold(tmp_path)
-    assert f"--workdir={tmp_path}: process {os.getpid()} trains there" in str(told.value)
+    assert f"--workdir={tmp_path}: process {os.getpid()} writes there" in str(told.value)
     hold(tmp_path).close()
 
 
@@ -39,7 +39,7 @@ def test_workdir_is_free_when_its_process_was_killed(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as run:
         try:
             assert run.stdout and run.stdout.readline() == b"held\n"
-            with pytest.raises(ConfigError, match=f"process {run.pid} trains there"):
+            with pytest.raises(ConfigError, match=f"process {run.pid} writes there"):
                 hold(tmp_path)
         finally:
             run.send_signal(signal.SIGKILL)
@@ -70,7 +70,7 @@ def test_workdir_in_use_is_refused_with_nothing_written(tmp_path, capsys):
         before = sorted(run.iterdir())
         assert main(["train", "--config.train.num_steps=1", f"--workdir={run}"]) == 2
         assert sorted(run.iterdir()) == before
-    assert "trains there; stop it" in capsys.readouterr().err
+    assert "writes there; stop it" in capsys.readouterr().err
 
 
 def test_workdir_is_not_made_for_a_batch_that_no_host_can_hold(tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_workdir_of_a_full_disk_is_held_without_a_name(tmp_path):
 def test_workdir_whose_holder_has_no_name_is_refused(tmp_path):
     with hold(tmp_path):
         (tmp_path / ".lock").write_text("")
-        with pytest.raises(ConfigError, match="trains there"):
+        with pytest.raises(ConfigError, match="another process writes there"):
             hold(tmp_path)
 
 

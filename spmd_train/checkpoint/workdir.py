@@ -44,8 +44,9 @@ def hold(workdir: Path) -> BinaryIO:
                 return file
             if time.monotonic() > end:
                 file.close()
+                who = f"process {holder}" if holder else "another process"
                 raise ConfigError(
-                    f"--workdir={workdir}: process {holder} trains there; stop it (its run goes on "
+                    f"--workdir={workdir}: {who} writes there; stop it (its run goes on "
                     "with the same command line), or give another folder"
                 ) from None
             time.sleep(0.1)

@@ -7,13 +7,12 @@ does not fill them, a dim that does not divide) is found by `parallel`; whether 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from spmd_train.config import precision, schema
-from spmd_train.config.keys import nearest
+from spmd_train.config.keys import nearest, nearest_divisor
 
 
 class Conflict(NamedTuple):
@@ -193,8 +192,7 @@ def _moe_conflicts(config: schema.ExperimentConfig) -> Iterator[Conflict]:
             )
         return
     if shards > 0 and moe.num_experts % shards:
-        divisors = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
-        best = min(divisors, key=lambda n: abs(n - shards))
+        best = nearest_divisor(moe.num_experts, shards)
         multiple = max(round(moe.num_experts / shards), 1) * shards
         yield Conflict(
             {**experts, **sharded},
@@ -315,13 +313,8 @@ def _batch_conflicts(train: schema.TrainConfig) -> Iterator[Conflict]:
                 "train.grad_accumulation": train.grad_accumulation,
             },
             "grad_accumulation must divide global_batch_size; the nearest that does is "
-            f"{_nearest_divisor(train.global_batch_size, train.grad_accumulation)}",
+            f"{nearest_divisor(train.global_batch_size, train.grad_accumulation)}",
         )
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
-    return min((*small, *(number // n for n in small)), key=lambda n: abs(n - wanted))
 
 
 def _lint_conflicts(plan: schema.PlanConfig) -> Iterator[Conflict]:

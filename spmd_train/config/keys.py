@@ -193,3 +193,14 @@ def show(value: Any) -> str:
         return _repr.repr(value)
     except ValueError:  # Python prints no whole number of more than 4300 digits.
         return f"a {type(value).__name__} too long to print"
+
+
+def divisors(number: int) -> list[int]:
+    """What divides a positive number, ascending; of numbers beyond 10^12 perhaps not all."""
+    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of a number that is next to one that is none."""
+    return min(divisors(number), key=lambda n: abs(n - wanted))

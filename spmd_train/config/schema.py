@@ -65,6 +65,11 @@ def section(cls: type) -> Any:
     return dataclasses.field(default_factory=cls, metadata={"doc": (cls.__doc__ or "").strip()})
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Of a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DcnMeshConfig:
     """Sizes of the mesh axes between slices or nodes (the slow network); multiply `mesh.AXIS`."""
@@ -246,11 +251,7 @@ class ModelConfig:
     @property
     def remat_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What `remat_saved` and `remat_offloaded` name."""
-        saved, offloaded = (
-            tuple(name.strip() for name in text.split(",") if name.strip())
-            for text in (self.remat_saved, self.remat_offloaded)
-        )
-        return saved, offloaded
+        return _names(self.remat_saved), _names(self.remat_offloaded)
 
     @property
     def resolved_kv_heads(self) -> int:
@@ -571,7 +572,7 @@ class PlanConfig:
     @property
     def silent(self) -> tuple[str, ...]:
         """What `silence` names."""
-        return tuple(name.strip() for name in self.silence.split(",") if name.strip())
+        return _names(self.silence)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

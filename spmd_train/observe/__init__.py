@@ -11,6 +11,7 @@ from spmd_train.observe.heartbeat import Heartbeat as Heartbeat
 from spmd_train.observe.jsonl import JsonlWriter as JsonlWriter
 from spmd_train.observe.jsonl import read_jsonl as read_jsonl
 from spmd_train.observe.memory import device_memory_bytes as device_memory_bytes
+from spmd_train.observe.memory import host_bytes as host_bytes
 from spmd_train.observe.progress import Progress as Progress
 from spmd_train.observe.stragglers import Stragglers as Stragglers
 from spmd_train.observe.writers import MetricWriter as MetricWriter

@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from spmd_train.config import MESH_AXES, ConfigError, MeshConfig
+from spmd_train.config.keys import divisors
 
 
 def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
@@ -52,9 +53,8 @@ def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
 
 def _divisors_near(number: int, total: int) -> str:
     """The divisors of `total` next to a number that is none."""
-    divisors = [n for n in range(1, total + 1) if total % n == 0]
-    below = max((n for n in divisors if n < number), default=None)
-    above = min((n for n in divisors if n > number), default=None)
+    below = max((n for n in divisors(total) if n < number), default=None)
+    above = min((n for n in divisors(total) if n > number), default=None)
     return " and ".join(str(n) for n in (below, above) if n is not None)
 
 

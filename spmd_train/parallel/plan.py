@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import ConfigError
+from spmd_train.config.keys import nearest_divisor
 from spmd_train.parallel.rules import (
     LogicalAxes,
     dims_of,
@@ -78,8 +79,7 @@ def _check(
             seen[axis] = i
         shards = math.prod(mesh.shape[a] for a in axes)
         if size % shards:
-            near = [d for d in range(1, size + 1) if size % d == 0]
-            best = min(near, key=lambda d: abs(d - shards))
+            best = nearest_divisor(size, shards)
             cure = f"set sharding.rules.{name} to none" if name else "change the override"
             raise ConfigError(
                 f"{path} {tuple(shape)}: dim {i} of size {size} does not divide over "

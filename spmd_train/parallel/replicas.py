@@ -60,10 +60,10 @@ class ReplicaCheck:
 
     def prepare(self) -> None:
         """Starts to compile what the first `check` then waits for; does nothing the next time."""
-        if not self._hashes:
-            with_one = ThreadPoolExecutor(1, thread_name_prefix="replica-check")
-            self._hashes = [with_one.submit(self._compile, names) for names in self._turns]
-            with_one.shutdown(wait=False)
+        if self.needed and not self._hashes:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="replica-check")
+            self._hashes = [thread.submit(self._compile, names) for names in self._turns]
+            thread.shutdown(wait=False)
 
     def check(self, step: int, state: Any) -> None:
         """Compares; every process must call it.

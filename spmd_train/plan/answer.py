@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from spmd_train.config import ExperimentConfig, PlanConfig
 from spmd_train.observe.flops import model_flops_per_token
+from spmd_train.observe.memory import host_bytes
 from spmd_train.parallel.chips import Chip
 from spmd_train.parallel.schedule_table import Schedule
 from spmd_train.plan.compiled import CompiledStep
@@ -133,8 +133,8 @@ def memory_of(config: PlanConfig, target: Target) -> tuple[int, int]:
     if config.chip.hbm_bytes:
         return int(config.chip.hbm_bytes), int(config.chip.hbm_bytes)
     if target.chip is None:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return whole // target.num_chips, whole // target.num_chips
+        part = host_bytes() // target.num_chips
+        return part, part
     hbm = target.chip.hbm_bytes
     # JAX takes three quarters of a GPU at its start (https://docs.jax.dev/en/latest/
     # gpu_memory_allocation.html) unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. libtpu
