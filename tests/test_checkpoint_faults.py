@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -112,6 +113,22 @@ def test_checkpoint_every_flipped_bit_is_found(workdir):
             assert len(told) == 1 and path.name in told[0]
             path.write_bytes(content)
     assert steps.faults(workdir / "checkpoints", 7, how="full") == []
+
+
+def test_checkpoint_manifest_of_blake2b_counts(workdir):
+    """What versions before XXH3 wrote."""
+    root = workdir / "checkpoints" / "7"
+    manifest = json.loads((root / steps.MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        del entry["xxh3_128"]
+        content = (root / name).read_bytes()
+        entry["blake2b"] = hashlib.blake2b(content, digest_size=32).hexdigest()
+    listed = json.dumps(manifest["files"], sort_keys=True).encode()
+    manifest["blake2b"] = hashlib.blake2b(listed, digest_size=32).hexdigest()
+    (root / steps.MANIFEST).write_text(json.dumps(manifest))
+    assert steps.faults(workdir / "checkpoints", 7, how="full") == []
+    _flip(root / "meta" / "metadata")
+    assert steps.faults(workdir / "checkpoints", 7, how="full")
 
 
 def test_checkpoint_verify_levels(workdir):

@@ -9,9 +9,12 @@ import threading
 
 import fault_helpers as faults
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import program_of
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spmd_train import running, training
 from spmd_train.checkpoint import steps
@@ -106,6 +109,16 @@ def test_replicas_the_one_that_most_outvote_is_named(trained):
         check.check(1, bad)
     found = re.findall(r"^  (\S+) of process", str(told.value), re.MULTILINE)
     assert found == [str(device)]
+
+
+def test_replicas_check_takes_a_layer_s_memory():
+    """A first check that took as much memory as the state has cost half a second of page faults."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    leaf = jax.ShapeDtypeStruct((32, 64, 256), jnp.float32, sharding=NamedSharding(mesh, P()))
+    program = ReplicaCheck({"kernel": leaf}, hosts=HOSTS)._compile(["kernel"])
+    memory = program.memory_analysis()
+    assert memory.argument_size_in_bytes == 32 * 64 * 256 * 4
+    assert memory.temp_size_in_bytes < 4 * 64 * 256 * 4
 
 
 def test_replicas_without_copies_need_no_check():

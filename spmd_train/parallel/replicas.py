@@ -149,10 +149,23 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
     Every change of one word changes the sum: it is a difference times an odd number.
     """
+    if x.ndim < 3:
+        return _sum_of_bits(x, 0)
+
+    # Of stacked layers one at a time: XLA's CPU compiler writes the products down.
+    def add(layer: jax.Array, total: jax.Array) -> jax.Array:
+        words = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        return total + _sum_of_bits(words, layer.astype(jnp.uint32))
+
+    return jax.lax.fori_loop(0, len(x), add, jnp.uint32(0))
+
+
+def _sum_of_bits(x: jax.Array, position: jax.typing.ArrayLike) -> jax.Array:
+    """The fingerprint's sum over `x`, which lies at `position` of a stack of its like."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
     words = bits.astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
+    position = jnp.full(words.shape, position, jnp.uint32)
     # Not x.reshape(-1), which on TPUs is a copy.
     for dim, size in enumerate(words.shape):
         position = position * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(
