@@ -133,6 +133,9 @@ def connect(given: Place = Place()) -> None:  # noqa: B008 - immutable
     address = place.coordinator_address
     if address is not None and not re.fullmatch(r".+:\d+", address):
         raise ConfigError(f"--coordinator_address={address}: must be HOST:PORT")
+    count, number = place.num_processes, place.process_id
+    if count is not None and number is not None and number >= count:
+        raise ConfigError(f"--process_id={number}: must be 0 to {count - 1}, of {count} processes")
     seconds = _timeouts()
     try:
         jax.distributed.initialize(

@@ -160,10 +160,11 @@ def load_params(
             step = checkpoints.newest_good()
         elif step in steps and (told := checkpoints.faults(step)):
             raise ConfigError(f"--step={step}: this checkpoint is bad: {'; '.join(told[:5])}")
+        if step is None:
+            raise ConfigError(f"--workdir={workdir}: has no good checkpoint; train writes them")
         if step not in steps:
             raise ConfigError(
-                f"--step={step if step is not None else 'newest'}: {workdir} has checkpoints of "
-                f"steps {steps or 'none'}"
+                f"--step={step}: {workdir} has checkpoints of steps {steps or 'none'}"
             )
         state = experiment.program.abstract_state
         name = "params" if state.ema is None else "ema"

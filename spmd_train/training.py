@@ -239,9 +239,12 @@ def _check_batch_fits(experiment: Experiment) -> None:
     needed = sum(x.size * x.dtype.itemsize for x in batch) // jax.process_count()
     there = host_bytes()
     if needed > there:
+        key, number = "train.global_batch_size", rows
+        if needed > rows * there:  # Not even one row.
+            key, number = "data.sequence_length", experiment.config.data.sequence_length
         raise ConfigError(
-            f"train.global_batch_size = {rows}: this process's part of a batch takes {needed:,} "
-            f"bytes, and the host has {there:,}; set at most {rows * there // needed}"
+            f"{key} = {number}: this process's part of a batch takes {needed:,} bytes, and the "
+            f"host has {there:,}; set at most {number * there // needed}"
         )
 
 

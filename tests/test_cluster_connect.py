@@ -87,6 +87,8 @@ def test_cluster_incomplete_says_what_was_seen(nowhere):
         cluster.connect(cluster.Place(num_processes=2))
     with pytest.raises(ConfigError, match="coordinator_address=here: must be HOST:PORT"):
         cluster.connect(cluster.Place("here", num_processes=2, process_id=0))
+    with pytest.raises(ConfigError, match=r"--process_id=2: must be 0 to 1, of 2 processes"):
+        cluster.connect(cluster.Place("here:1", num_processes=2, process_id=2))
 
 
 def test_cluster_that_cannot_be_read_says_what_was_seen(tmp_path):

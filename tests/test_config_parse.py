@@ -69,6 +69,12 @@ def test_config_parse_missing_keys_have_defaults():
         ("model.tied_head", 1, "must be true or false"),
         ("model.tied_head", "true", "must be true or false"),
         ("model.norm", "rmsnrm", "must be one of rmsnorm, layernorm; the nearest is rmsnorm"),
+        ("precision", "bfloat16", "fp8; the nearest is bf16"),
+        ("context.method", "ring_attention", "ulysses; the nearest is ring"),
+        ("pipeline.schedule", "1F1B", "zero_bubble; the nearest is 1f1b"),
+        ("train.num_steps", 10**20, "must be a whole number, at least 1, at most 2147483647"),
+        ("train.num_steps", 2**31, "must be a whole number, at least 1, at most 2147483647"),
+        ("model.num_layers", 10**20, "at least 1, at most 9223372036854775807"),
         ("model.norm", 3, "must be one of rmsnorm, layernorm"),
         ("model.dropout", 1.0, "must be a number, at least 0, at most 0.99"),
         ("model.norm_epsilon", 0, "must be a number, above 0"),
@@ -95,6 +101,10 @@ def test_config_parse_refuses_wrong_values(path, value, allowed):
     assert f"{path}" in message
     assert allowed in message
     assert len(message) < 1500
+
+
+def test_config_parse_suggests_no_choice_that_is_not_like_the_value():
+    assert refusal(optimizer__offload="cpu").endswith("'cpu': must be one of none, host")
 
 
 def test_config_parse_refusal_shows_path_and_value():

@@ -354,6 +354,13 @@ def test_data_shorter_than_a_window_is_told(config):
     assert dataset.batch(0, global_batch_size=2)["example_id"].tolist() == [0, 0]
 
 
+def test_data_of_one_document_is_told_how_to_do_without_evaluation(tmp_path):
+    (tmp_path / "one.txt").write_text("text " * 100)
+    config = DataConfig(source="text", path=str(tmp_path / "one.txt"), sequence_length=8)
+    with pytest.raises(ConfigError, match=r"into the eval split: whole .*train\.eval_every=0"):
+        open_dataset(config, split="eval", seed=0)
+
+
 def test_data_mistake_in_a_mixture_names_its_source(mixture):
     sources = dict(mixture.mixture)
     sources["large"] = SourceConfig(source="text", path="/nowhere/*.txt")

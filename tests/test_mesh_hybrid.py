@@ -101,5 +101,13 @@ def test_mesh_hybrid_only_the_dcn_axis_crosses(sliced, between, within, nodes):
 
 
 def test_mesh_hybrid_that_does_not_fit_the_slices_is_refused(sliced):
-    with pytest.raises(ConfigError, match=r"mesh.dcn: data=4 does not fit the slices"):
+    with pytest.raises(ConfigError, match=r"mesh.dcn.data = 4: asks for 4 slices.* form 2; make"):
         sliced(MeshConfig(dcn=DcnMeshConfig(data=4), data=1, fsdp=2))
+    one = MeshConfig(dcn=DcnMeshConfig(data=2), data=4)
+    with pytest.raises(ConfigError, match=r"asks for 2 processes.* form 1; leave them 1"):
+        meshes.make_mesh(one)
+
+
+def test_mesh_rest_of_the_devices_is_told_what_the_others_take():
+    with pytest.raises(ConfigError, match=r"the other axes \(tensor=3\) take 3 devices"):
+        meshes.mesh_sizes(MeshConfig(data=-1, tensor=3), num_devices=8)

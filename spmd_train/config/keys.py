@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import numbers
 import reprlib
@@ -67,13 +68,15 @@ class Key:
     def accept(self, value: Any) -> Any:
         """Returns `value` in the key's own type; raises a ValueError saying what is allowed."""
         if not self._has_type(value):
-            raise ValueError(f"must be {self.allowed}")
+            is_large = self.type is int and isinstance(value, int) and "at_most" not in self.limits
+            limit = f", at most {_INT_MAX}" if is_large and value > _INT_MAX else ""
+            raise ValueError(f"must be {self.allowed}{limit}")
         value = self.type(value)
         if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
             raise ValueError("must be text without NUL or half surrogate pairs")
         choices = self.limits.get("choices", (value,))
         if value not in choices:
-            raise ValueError(f"must be {self.allowed}; the nearest is {nearest(value, choices)}")
+            raise ValueError(f"must be {self.allowed}{_suggestion(value, choices)}")
         if not self._is_within(value):
             raise ValueError(f"must be {self.allowed}")
         return value
@@ -170,7 +173,22 @@ def nearest(name: str, known: Collection[str]) -> str:
     word = name.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == word]
     initials = [k for k in known if "".join(w[0] for w in k.rpartition(".")[2].split("_")) == word]
-    return difflib.get_close_matches(name, same or initials or known, n=1, cutoff=0)[0]
+    return max(sorted(same or initials or known), key=lambda k: _likeness(name, k))
+
+
+def _likeness(name: str, known: str) -> tuple[float, int]:
+    """How like two names are, from 0 to 1; among those that are as like, the same start counts."""
+    name, known = name.lower(), known.lower()
+    alike = difflib.SequenceMatcher(None, known, name).ratio()
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name, known, strict=False))
+    return alike, len(list(same))
+
+
+def _suggestion(value: str, choices: Collection[str]) -> str:
+    """What to say of the choice most like a value; nothing where none is like it."""
+    best = nearest(value, choices)
+    alike, shared = _likeness(value, best)
+    return f"; the nearest is {best}" if alike >= 0.5 or shared in (len(value), len(best)) else ""
 
 
 def join(path: str, name: Any) -> str:

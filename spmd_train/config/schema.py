@@ -437,7 +437,7 @@ class OptimizerConfig:
 class TrainConfig:
     """The run."""
 
-    num_steps: int = key(300, "optimizer steps", at_least=1)
+    num_steps: int = key(300, "optimizer steps", at_least=1, at_most=2**31 - 1)
     global_batch_size: int = key(16, "sequences per optimizer step, over all devices", at_least=1)
     grad_accumulation: int = key(1, "microbatches a step is split into", at_least=1)
     seed: int = key(0, "of initialization, data order and dropout", at_least=0, at_most=2**31 - 1)

@@ -277,9 +277,10 @@ def _empty_split(selection: Selection) -> str:
     if selection.split == "all":
         return f"{files.where}: its {len(files.paths)} files hold no text"
     return (
-        f"{files.where}: no document falls into the {selection.split} split, of "
-        f"{len(files.paths)} files with eval_fraction={selection.eval_fraction}. Give the files to "
-        "evaluate on as eval_path, or change data.eval_fraction"
+        f"{files.where}: no document falls into the {selection.split} split: whole documents are "
+        f"held out, and {len(files.paths)} files with eval_fraction={selection.eval_fraction} have "
+        "too few. Name files to evaluate on as eval_path, change data.eval_fraction, or do without "
+        "evaluation: train.eval_every=0"
     )
 
 

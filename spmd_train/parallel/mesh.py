@@ -32,9 +32,9 @@ def mesh_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
     slices = math.prod(dcn_sizes(config).values())
     fixed = slices * math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
-    asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
     if slices > 1:
-        asked += f", times {slices} slices"
+        asked = f"{asked}, times {slices} slices" if asked else f"{slices} slices"
     if free:
         if num_devices % fixed:
             raise ConfigError(
@@ -95,6 +95,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
         sliced = len({getattr(d, "slice_index", 0) for d in devices}) > 1 or (
             devices[0].platform == "tpu"
         )
+        _check_slices(config, devices, "slices" if sliced else "processes")
         try:
             grid = mesh_utils.create_hybrid_device_mesh(
                 sizes,
@@ -114,6 +115,22 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     else:
         grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _check_slices(config: MeshConfig, devices: Sequence[Any], kind: str) -> None:
+    """Refuses a `mesh.dcn` for another number of slices (or processes) than the devices form."""
+    numbers = slices_of(devices)
+    wanted = {axis: size for axis, size in dcn_sizes(config).items() if size > 1}
+    there, asked = len(set(numbers)), math.prod(wanted.values())
+    if there != asked:
+        keys = ", ".join(f"mesh.dcn.{axis} = {size}" for axis, size in wanted.items())
+        cure = f"make their product {there}"
+        if there == 1:
+            cure = "leave them 1 and give mesh.AXIS the devices"
+        raise ConfigError(
+            f"{keys}: asks for {asked} {kind}, and these {len(devices)} devices form {there}; "
+            f"{cure}"
+        )
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:

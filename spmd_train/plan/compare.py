@@ -26,7 +26,7 @@ _MEASURES: Mapping[str, str] = {
     "num_collectives": "collectives executed",
     "num_instructions": "HLO instructions",
     "hlo_bytes": "HLO text, bytes",
-    "compile_seconds": "compile seconds",
+    "compile_seconds": "compile seconds, or of the cache",
 }
 """What is compared, per device and step, and how people read it."""
 
