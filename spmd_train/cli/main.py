@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 from spmd_train.cli.allocator import choose_allocator
 from spmd_train.cli.config_flags import split_overrides, unknown_argument
-from spmd_train.cli.verbs import VERBS, Flag, Verb
+from spmd_train.cli.flags import Flag
+from spmd_train.cli.verbs import VERBS, Verb
 from spmd_train.config import ConfigError, load_config, parse
 
 _PROG = "spmd-train"

@@ -1,40 +1,27 @@
-"""The verbs of the command line, their flags and their words: one table."""
+"""The verbs of the command line and their words: one table."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
-import pathlib
-from collections.abc import Callable
-from typing import Any
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flag:
-    """A flag of a verb.
-
-    Attributes:
-      name: as in `--NAME`; the verb finds the value in `args.NAME`.
-      help: what it does.
-      metavar: what stands for its value in the help; empty: a switch, without a value.
-      type: converts its text.
-      default: where it is not given.
-      required: whether it must be given.
-      repeats: whether it may be given several times: the value is a list.
-      positional: given as a bare word, without `--NAME=`.
-      config_key: the config's key that it overrides; the verb finds the value there.
-    """
-
-    name: str
-    help: str
-    metavar: str = ""
-    type: Callable[[str], Any] = str
-    default: Any = None
-    required: bool = False
-    repeats: bool = False
-    positional: bool = False
-    config_key: str = ""
+from spmd_train.cli.flags import (
+    CONFIG,
+    HF_DIR,
+    JSON,
+    NEEDED_TARGET,
+    PROCESSES,
+    RUN_CONFIG,
+    SIMULATE_DEVICES,
+    STEP,
+    TARGET,
+    WORKDIR,
+    Flag,
+    at_least,
+    config_name,
+    file,
+    folder,
+    stage,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,125 +63,6 @@ class Verb:
         """Whether a config is read for it."""
         return any(flag.name == "config" for flag in self.flags)
 
-
-def _at_least(smallest: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = smallest - 1
-        if number < smallest:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must be a whole number, at least {smallest}"
-            )
-        return number
-
-    return convert
-
-
-def _named(text: str, what: str) -> str:
-    if not text:  # An unset shell variable; Path("") would be the folder one stands in.
-        raise argparse.ArgumentTypeError(f"must name a {what}, but is empty")
-    return text
-
-
-def _folder(text: str) -> pathlib.Path:
-    return _path(text, "folder")
-
-
-def _file(text: str) -> pathlib.Path:
-    return _path(text, "file")
-
-
-def _path(text: str, what: str) -> pathlib.Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be a {what} of this machine: mount the bucket (gcsfuse, mountpoint-s3)"
-        )
-    # A shell leaves the ~ of --flag=~/x.
-    return pathlib.Path(os.path.expanduser(_named(text, what)))
-
-
-def _config(text: str) -> str:
-    return _named(text, "config")
-
-
-def _stage(text: str) -> str:
-    if text not in ("compiled", "lowered"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be compiled or lowered")
-    return text
-
-
-CONFIG = Flag(
-    name="config",
-    metavar="FILE[:ARG]",
-    default="configs/lm_tiny.py",
-    help="a Python config file, with an argument for its get_config, or the config.json of a run "
-    "(default: configs/lm_tiny.py)",
-)
-RUN_CONFIG = Flag(
-    name="config",
-    metavar="FILE[:ARG]",
-    help="a config other than the run's own (default: WORKDIR/config.json)",
-)
-WORKDIR = Flag(
-    name="workdir",
-    metavar="DIR",
-    type=_folder,
-    required=True,
-    help="the run's folder: config.json, checkpoints/, metrics.jsonl, goodput.jsonl, tensorboard/",
-)
-SIMULATE_DEVICES = Flag(
-    name="simulate_devices",
-    metavar="N",
-    type=_at_least(1),
-    help="run on N CPU devices, simulated in this process",
-)
-JSON = Flag(name="json", default=False, help="answer with one JSON document on standard output")
-STEP = Flag(
-    name="step",
-    metavar="N",
-    type=_at_least(0),
-    help="the checkpoint of this step (default: the newest)",
-)
-PROCESSES = (
-    Flag(
-        name="coordinator_address",
-        metavar="HOST:PORT",
-        help="where process 0 is reached; this and the next two are found on TPU pods, SLURM, "
-        "OpenMPI, Kubernetes (or in SPMD_TRAIN_COORDINATOR_ADDRESS, ...)",
-    ),
-    Flag(
-        name="num_processes",
-        metavar="N",
-        type=_at_least(1),
-        help="processes of this run (or SPMD_TRAIN_NUM_PROCESSES)",
-    ),
-    Flag(
-        name="process_id",
-        metavar="I",
-        type=_at_least(0),
-        help="which of them this is, from 0 (or SPMD_TRAIN_PROCESS_ID)",
-    ),
-)
-HF_DIR = Flag(
-    name="hf_dir",
-    metavar="DIR",
-    type=_folder,
-    required=True,
-    help="a Hugging Face checkpoint: config.json and safetensors files",
-)
-
-NEEDED_TARGET = Flag(
-    name="target",
-    metavar="TARGET",
-    required=True,
-    help="compile for hardware that is not here: cpu:8, v5e:16x16, 2xv5p:4x4x4 (slices), "
-    "h100:4x8 (nodes x GPUs), ...",
-)
-TARGET = dataclasses.replace(
-    NEEDED_TARGET, required=False, help=f"{NEEDED_TARGET.help} (default: the devices at hand)"
-)
 
 _INSPECT = (CONFIG, SIMULATE_DEVICES, JSON)
 _COMPILED = (CONFIG, TARGET, SIMULATE_DEVICES, JSON)
@@ -262,7 +130,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="seed",
                 metavar="N",
-                type=_at_least(0),
+                type=at_least(0),
                 default=0,
                 help="of the sampling (default: 0)",
             ),
@@ -291,7 +159,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="html",
                 metavar="FILE",
-                type=_file,
+                type=file,
                 help="write the plan as one HTML page, too",
             ),
             SIMULATE_DEVICES,
@@ -349,14 +217,14 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="diff",
                 metavar="FILE[:ARG]",
-                type=_config,
+                type=config_name,
                 help="compare with this config (default, where a --diff.a.b=VALUE is given: the "
                 "one of --config)",
             ),
             Flag(
                 name="stage",
                 metavar="STAGE",
-                type=_stage,
+                type=stage,
                 default="compiled",
                 help="compiled: optimized HLO, for one device of the mesh; lowered: StableHLO "
                 "before XLA has divided it (default: compiled)",
@@ -364,7 +232,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="out",
                 metavar="FILE",
-                type=_file,
+                type=file,
                 help="write the program here instead of printing it; the second one to FILE.diff",
             ),
             TARGET,
@@ -395,7 +263,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="svg",
                 metavar="FILE",
-                type=_file,
+                type=file,
                 help="also draw it, to this file",
             ),
         ),
@@ -438,7 +306,7 @@ VERBS: tuple[Verb, ...] = (
         example="spmd-train checkpoints verify --workdir=runs/tiny --step=300",
         flags=(
             WORKDIR,
-            Flag(name="step", metavar="N", type=_at_least(0), help="only this one (default: all)"),
+            Flag(name="step", metavar="N", type=at_least(0), help="only this one (default: all)"),
             JSON,
         ),
         uses_devices=False,
@@ -467,7 +335,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="html",
                 metavar="FILE",
-                type=_file,
+                type=file,
                 help="where to write the page (default: WORKDIR/report.html)",
             ),
             JSON,
@@ -487,27 +355,27 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="num_processes",
                 metavar="N",
-                type=_at_least(1),
+                type=at_least(1),
                 required=True,
                 help="processes; of GPUs each gets one",
             ),
             Flag(
                 name="max_restarts",
                 metavar="K",
-                type=_at_least(0),
+                type=at_least(0),
                 default=3,
                 help="restarts in a row without a new checkpoint (default: 3)",
             ),
             Flag(
                 name="simulate_devices",
                 metavar="N",
-                type=_at_least(1),
+                type=at_least(1),
                 help="run each process on N CPU devices",
             ),
             Flag(
                 name="hang_seconds",
                 metavar="T",
-                type=_at_least(0),
+                type=at_least(0),
                 default=600,
                 help="seconds without a step until all stacks are printed and all is restarted; "
                 "must be longer than an evaluation; 0: never (default: 600)",
@@ -515,7 +383,7 @@ VERBS: tuple[Verb, ...] = (
             Flag(
                 name="start_seconds",
                 metavar="T",
-                type=_at_least(0),
+                type=at_least(0),
                 default=3600,
                 help="the same until the first step: tokenizing, compiling (default: 3600)",
             ),
@@ -535,7 +403,7 @@ VERBS: tuple[Verb, ...] = (
                 name="bundle",
                 metavar="BUNDLE",
                 positional=True,
-                type=_folder,
+                type=folder,
                 required=True,
                 help="WORKDIR/bad_steps/STEP of the run",
             ),
