@@ -27,7 +27,7 @@ import numpy as np
 from spmd_train import cluster, experiment, xla_flags
 from spmd_train.cli import allocator
 from spmd_train.config import load_config, parse
-from spmd_train.nn import attention, cpu, embeddings, mlp, norms, projection
+from spmd_train.nn import attention, cpu, embeddings, mlp, projection
 
 CURES = {
     "keeping the step's temporaries: huge pages instead": "kept",
@@ -35,12 +35,12 @@ CURES = {
     "angles of RoPE computed once": "rope",
     "a projection's gradients as two-dimensional matmuls": "gradients",
     "rows of 2 KiB kept apart": "apart",
-    "RMSNorm's gradients summed by matmuls": "norms",
     "SwiGLU's own derivative": "swiglu",
     "causal attention by blocks of queries": "blocks",
     "attention's own derivative": "attention",
     "gradients of blocks added up in place": "cut",
-    "XLA's YNNPACK fusions off": "ynnpack",
+    "YNNPACK's matmuls off": "ynnpack",
+    "YNNPACK's sums on": "sums",
     "layers unrolled (`model.scan_unroll`)": "unrolled",
     "float32: bfloat16 activations and matmuls instead": "float32",
 }
@@ -73,8 +73,6 @@ def leave_out(cure: str) -> None:
         _replace(projection, "matrix_product", lambda: None)
     elif cure == "apart":
         _replace(projection, "matrix_product", lambda: cpu.together)
-    elif cure == "norms":
-        _replace(norms, "flat_tokens", lambda *_: False)
     elif cure == "swiglu":
         _replace(mlp, "swiglu", lambda gate, up: jax.nn.silu(gate) * up)
     elif cure == "blocks":
@@ -85,6 +83,9 @@ def leave_out(cure: str) -> None:
         _replace(attention, "cut", lambda x, spans: [x[:, start:end] for start, end in spans])
     elif cure == "ynnpack":
         xla_flags.FLAGS["cpu"].clear()
+    elif cure == "sums":
+        ((name, flag),) = xla_flags.FLAGS["cpu"].items()
+        xla_flags.FLAGS["cpu"][name] = flag._replace(value=f"{flag.value},-reduce")
 
 
 def _replace(module: ModuleType, name: str, value: Any) -> None:

@@ -7,17 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from helpers import random_batch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd_train.config import MeshConfig, RopeConfig, ShardingConfig
-from spmd_train.nn import cpu, norms
+from spmd_train.nn import cpu
 from spmd_train.nn.activations import swiglu
 from spmd_train.nn.attention import attend
 from spmd_train.nn.embeddings import apply_rope, rope_angles
-from spmd_train.nn.norms import RMSNorm
 from spmd_train.nn.projection import project
 from spmd_train.parallel.blockwise import Tokens, visible
 from spmd_train.parallel.mesh import make_mesh
@@ -49,24 +47,6 @@ def test_nn_cpu_computed_once_is_exact_and_differentiable():
     np.testing.assert_array_equal(jax.jit(cpu.computed_once)(x), x)
     gradient = jax.grad(lambda x: jnp.sum(cpu.computed_once(x) ** 2))(x)
     np.testing.assert_array_equal(gradient, 2 * x)
-
-
-def norm_gradients(monkeypatch, *, flat):
-    monkeypatch.setattr(norms, "flat_tokens", lambda *_: flat)
-    graph = nnx.graphdef(RMSNorm(24, epsilon=1e-5, dtype="float32", rngs=nnx.Rngs(0)))
-    x, g = jax.random.normal(jax.random.key(0), (2, 3, 5, 24)) * 3
-    scale = 1 + jax.random.normal(jax.random.key(1), (24,))
-
-    def gradients(scale, x):
-        return jax.vjp(lambda scale, x: nnx.merge(graph, {"scale": scale})(x), scale, x)[1](g)
-
-    return jax.jit(gradients)(scale, x)
-
-
-def test_nn_cpu_rms_normalize_has_the_norms_gradients(monkeypatch):
-    by_matmuls, by_sums = (norm_gradients(monkeypatch, flat=flat) for flat in (True, False))
-    for ours, theirs in zip(by_matmuls, by_sums, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
 def test_nn_cpu_kernels_of_heads_are_not_transposed():

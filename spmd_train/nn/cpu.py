@@ -11,29 +11,18 @@ import jax.numpy as jnp
 from spmd_train.parallel.manual import no_gradient
 from spmd_train.parallel.rules import current_layout, current_platform
 
-
-def flat_tokens(*sequences: str) -> bool:
-    """Whether [batch, tokens, ...] is to be made [batch * tokens, ...] where that makes matmuls.
-
-    Tokens of split sequences cannot be one dim without gathering them.
-
-    Args:
-        sequences: logical axes of the tokens; default: `sequence`.
-    """
-    layout = current_layout()
-    split = layout is not None and any(layout.axes(s) for s in sequences or ("sequence",))
-    return current_platform() == "cpu" and not split
-
-
 MatrixProduct = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 """Of two matrices, summed over these dims of them; what is left of the first leads the result."""
 
 
 def matrix_product() -> MatrixProduct | None:
-    """How a projection's tokens are best multiplied as one dim; None: they are not made one."""
-    if not flat_tokens():
-        return None
+    """How a projection's tokens are best multiplied as one dim; None: they are not made one.
+
+    Tokens of split sequences cannot be one dim without gathering them.
+    """
     layout = current_layout()
+    if current_platform() != "cpu" or (layout is not None and layout.axes("sequence")):
+        return None
     return _apart if layout is None or layout.computes_whole else together
 
 
@@ -77,39 +66,6 @@ def computed_once(x: jax.Array) -> jax.Array:
     if current_platform() != "cpu":
         return x
     return jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=jax.lax.Precision.HIGHEST)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """`x / rms(x) * scale`, whose derivative sums by matmuls, which take fewer passes.
-
-    Args:
-        x: float32 [..., N].
-        scale: float32 [N].
-        epsilon: added to the mean of squares.
-
-    Returns:
-        float32 [..., N].
-    """
-    return _rms_normalize_fwd(x, scale, epsilon)[0]
-
-
-def _rms_normalize_fwd(x: jax.Array, scale: jax.Array, epsilon: float):
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
-    return x * inverse * scale, (x, inverse, scale)
-
-
-def _rms_normalize_bwd(
-    epsilon: float, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, inverse, scale = saved
-    gx_2d = (g * x).reshape(-1, x.shape[-1])
-    mean = (gx_2d @ scale).reshape(inverse.shape) / x.shape[-1]
-    dx = inverse * (g * scale - x * (jnp.square(inverse) * mean))
-    return dx, inverse.reshape(-1) @ gx_2d
-
-
-rms_normalize.defvjp(_rms_normalize_fwd, _rms_normalize_bwd)
 
 
 def cut(x: jax.Array, spans: tuple[tuple[int, int], ...]) -> list[jax.Array]:
@@ -194,7 +150,8 @@ def _softmax_attend_fwd(
 def _softmax_attend_bwd(saved: tuple[jax.Array, ...], g_BGXK: jax.Array):
     q_BGXK, k_BGSK, v_BGSK, visible_BTS, powers_BGXS, share_BGX1, out_BGXK = saved
     g_BGXK = g_BGXK * share_BGX1
-    dot_BGX1 = jnp.sum(g_BGXK * out_BGXK, axis=-1, keepdims=True)
+    # By a matmul: YNNPACK would take a sum into what reads it, and is slow at that.
+    dot_BGX1 = (g_BGXK * out_BGXK) @ jnp.ones((g_BGXK.shape[-1], 1), g_BGXK.dtype)
     scores_gradient = powers_BGXS * (jnp.einsum("bgxk,bgsk->bgxs", g_BGXK, v_BGSK) - dot_BGX1)
     dq_BGXK = jnp.einsum("bgxs,bgsk->bgxk", scores_gradient, k_BGSK)
     s = visible_BTS.shape[2]

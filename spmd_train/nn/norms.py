@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_train.nn.cpu import flat_tokens, rms_normalize
 from spmd_train.nn.params import ones, param, zeros
 
 
@@ -22,8 +21,6 @@ class RMSNorm(nnx.Module):
         """Normalizes [..., size]."""
         x32 = x.astype(jnp.float32)
         scale = self.scale[...].astype(jnp.float32)
-        if flat_tokens("sequence", "residual_sequence"):
-            return jnp.asarray(rms_normalize(x32, scale, self.epsilon), x.dtype)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(variance + self.epsilon)
         return (y * scale).astype(x.dtype)
