@@ -11,6 +11,7 @@ from helpers import random_batch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spmd_train import xla_flags
 from spmd_train.config import MeshConfig, RopeConfig, ShardingConfig
 from spmd_train.nn import cpu
 from spmd_train.nn.activations import swiglu
@@ -109,7 +110,33 @@ def test_nn_cpu_rows_of_a_result_are_kept_apart(tokens, mesh, widths):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-def test_nn_cpu_attention_is_jaxs_own_in_value_and_gradient():
+def test_nn_cpu_bfloat16_is_multiplied_as_it_is(monkeypatch):
+    """Of output and input's gradient nothing is made float32 before; of the kernel's it is."""
+    monkeypatch.setattr(xla_flags, "_multiplies_bfloat16", lambda: True)
+    options = xla_flags.program_options("cpu", compute_dtype="bfloat16")
+    assert options and not xla_flags.program_options("cpu", compute_dtype="float32")
+    x, kernel, g = (
+        jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16)
+        for i, shape in enumerate([(2, 64, 32), (32, 48), (2, 64, 48)])
+    )
+
+    def products(x, kernel, g):
+        y, pull = jax.vjp(project, x, kernel)
+        return y, *pull(g)
+
+    step = jax.jit(products, compiler_options=options).lower(x, kernel, g).compile()
+    text = step.as_text()
+    multiplied = re.findall(r"\(\S+ bf16\[[\d,]+\], \S+ bf16\[[\d,]+\]\) -> f32\[", text)
+    assert len(multiplied) == 2 < text.count(" dot(") == 3, text
+    x, kernel, g = (np.asarray(a, np.float32) for a in (x, kernel, g))
+    expected = x @ kernel, g @ kernel.T, np.einsum("btd,btf->df", x, g)
+    for ours, theirs in zip(step(*map(jnp.bfloat16, (x, kernel, g))), expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(np.float32), theirs, rtol=8e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 2e-5), ("bfloat16", 0.06)])
+def test_nn_cpu_attention_is_jaxs_own_in_value_and_gradient(dtype, atol):
     """Grouped, of packed sequences, of a length whose rows of scores are put apart."""
     keys, length = jax.random.split(jax.random.key(0), 4), 512
     q, out_gradient = (jax.random.normal(key, (2, length, 6, 8)) for key in keys[:2])
@@ -117,6 +144,7 @@ def test_nn_cpu_attention_is_jaxs_own_in_value_and_gradient():
     batch = random_batch("packed", size=2, length=length)
     tokens = Tokens(jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["positions"]))
     assert batch["segment_ids"].max() > 1
+    q, k, v, out_gradient = (x.astype(dtype) for x in (q, k, v, out_gradient))
 
     def ours(q, k, v):
         return attend(q, k, v, queries=tokens, keys=tokens, in_order=True)
@@ -125,11 +153,17 @@ def test_nn_cpu_attention_is_jaxs_own_in_value_and_gradient():
         mask = visible(tokens, tokens, window=0)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
-    def run(f):
-        out, pull = jax.vjp(f, q, k, v)
+    def run(f, *qkv_and_gradient):
+        *qkv, out_gradient = qkv_and_gradient
+        out, pull = jax.vjp(f, *qkv)
         return out, *pull(out_gradient)
 
-    for got, wanted in zip(jax.jit(run, static_argnums=0)(ours), run(jaxs), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=2e-5)
-    text = jax.jit(run, static_argnums=0).lower(ours).as_text()
-    assert "-> tensor<2x2x8x528xf32>" in text  # The gradient of keys, which come last.
+    given = q, k, v, out_gradient
+    exact = run(jaxs, *(x.astype(jnp.float32) for x in given))
+    compiled = jax.jit(run, static_argnums=0)
+    for got, wanted in zip(compiled(ours, *given), exact, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.astype(np.float32), wanted, atol=atol)
+    text = compiled.lower(ours, *given).as_text()
+    width = 528 if dtype == "float32" else 512
+    assert f"-> tensor<2x2x8x{width}xf32>" in text  # The gradient of keys, which come last.

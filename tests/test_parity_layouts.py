@@ -7,6 +7,7 @@ than it should (collectives of another kind, arrays that XLA copied whole to res
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from helpers import (
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd_train.config import LossConfig, ShardingConfig
+from spmd_train.config import LossConfig, PipelineConfig, ShardingConfig
 from spmd_train.inspect.collectives import count_collectives
 
 MESHES = {
@@ -218,15 +219,30 @@ def test_parity_of_rules_of_ones_own(name: str) -> None:
     check_learning(program, step, reference(model, LossConfig(), "packed"))
 
 
-def test_parity_bfloat16_compute_stays_near_float32() -> None:
-    """bfloat16 has 3 digits, and XLA's CPU compiler aborts on some sums of it over devices."""
-    program = program_of(
+BFLOAT16: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "one_device": ({}, {}),
+    "sequence_sharded": (
         MESHES["data2_fsdp2_tensor2"],
-        model=dataclasses.replace(MODEL, compute_dtype="bfloat16"),
-        loss=LossConfig(chunk_tokens=8),
-        sharding=SEQUENCE_SHARDED,
-        grad_accumulation=2,
-    )
+        {
+            "loss": LossConfig(chunk_tokens=8),
+            "sharding": SEQUENCE_SHARDED,
+            "grad_accumulation": 2,
+        },
+    ),
+    "pipeline": (
+        {"pipeline": 2, "tensor": 2},
+        {"pipeline": PipelineConfig(schedule="zero_bubble", num_microbatches=2)},
+    ),
+    "context": ({"context": 2, "data": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_parity_bfloat16_compute_stays_near_float32(name: str) -> None:
+    """bfloat16 has 3 digits, and XLA's CPU compiler aborts on some sums of it over devices."""
+    sizes, changes = BFLOAT16[name]
+    model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    program = program_of(sizes, model=model, **changes)
     batches, first, wanted, _ = reference(MODEL, LossConfig(), "packed")
     step, _ = compile_step(program)
     losses, _ = run_steps(program, batches, state=put_state(program, first), step=step)

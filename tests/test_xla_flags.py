@@ -55,6 +55,23 @@ def test_xla_flags_of_a_plan_are_those_of_training(environ):
     assert compiler_options(parse_target("h100:1x8"))[SCATTERS] == "7"
 
 
+def test_xla_flags_of_bfloat16_are_a_programs_own(environ):
+    """On CPUs that multiply it; not where the user has said which of YNNPACK's fusions to make."""
+    environ.setattr(xla_flags, "_multiplies_bfloat16", lambda: True)
+    (name,) = xla_flags.FLAGS["cpu"]
+    options = xla_flags.program_options("cpu", compute_dtype="bfloat16")
+    assert options.keys() == {name} and "INDIVIDUAL_DOT" in options[name]
+    assert not xla_flags.program_options("tpu", compute_dtype="bfloat16")
+    assert not xla_flags.program_options("cpu", compute_dtype="float32")
+    xla_flags.set_flags()
+    assert xla_flags.program_options("cpu", compute_dtype="bfloat16") == options
+    environ.setenv("XLA_FLAGS", f"--{name}=-dot")
+    assert not xla_flags.program_options("cpu", compute_dtype="bfloat16")
+    environ.delenv("XLA_FLAGS")
+    environ.setattr(xla_flags, "_multiplies_bfloat16", lambda: False)
+    assert not xla_flags.program_options("cpu", compute_dtype="bfloat16")
+
+
 def test_xla_flags_all_say_why_and_who():
     for flags in xla_flags.FLAGS.values():
         for name, flag in flags.items():

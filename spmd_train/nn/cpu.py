@@ -28,16 +28,35 @@ def matrix_product() -> MatrixProduct | None:
 
 def together(a: jax.Array, b: jax.Array, summed: tuple[int, int]) -> jax.Array:
     """A `MatrixProduct`."""
-    return jax.lax.dot_general(a, b, (((summed[0],), (summed[1],)), ((), ())))
+    return _dot(a, b, summed).astype(a.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, summed: tuple[int, int], *, num_batch: int = 0) -> jax.Array:
+    """Sums over these dims of two arrays, whose first dims are `num_batch` alike.
+
+    YNNPACK multiplies bfloat16 (`xla_flags.program_options`) where the last dim of `a` is summed
+    over and the result is float32, which it is for bfloat16 and float32. What XLA leaves bfloat16
+    for it and YNNPACK then refuses ends the program: what it may refuse is made float32 here.
+    """
+    wide = None
+    if a.dtype == jnp.bfloat16:
+        wide = jnp.float32
+        if summed[0] != a.ndim - 1:
+            a, b = a.astype(wide), b.astype(wide)
+    batch = tuple(range(num_batch))
+    dims = ((summed[0],), (summed[1],)), (batch, batch)
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=wide)
 
 
 def _apart(a: jax.Array, b: jax.Array, summed: tuple[int, int]) -> jax.Array:
-    """The same, with the rows of what is read or written by columns apart in memory.
+    """The same; of float32 the rows of what is read or written by columns are apart in memory.
 
     Eigen writes a column of many rows at a time, and reads one of a matrix that is summed over its
     rows. Rows that are a multiple of 2 KiB apart fall on the same few lines of a cache, and push
     each other out of it; so they are made a cache line wider, and the result is cut.
     """
+    if a.dtype != jnp.float32:
+        return together(a, b, summed)
     kept, num_rows = [1 - summed[0], 1 - summed[1]], a.shape[1 - summed[0]]
     out_shape = num_rows, b.shape[kept[1]]
     if out_shape[1] % 512 == 0 and num_rows >= 512:
@@ -116,13 +135,13 @@ def softmax_attend(
     keys and values are multiplied with keys last, which Eigen does faster.
 
     Args:
-        q_BGXK: float32; X is R heads of T queries each, scaled.
-        k_BGSK: float32.
-        v_BGSK: float32.
+        q_BGXK: float32 or bfloat16; X is R heads of T queries each, scaled.
+        k_BGSK: same dtype.
+        v_BGSK: same dtype.
         visible_BTS: bool; each query sees a key.
 
     Returns:
-        float32 [B, G, X, K].
+        [B, G, X, K] in the same dtype.
     """
     return _softmax_attend_fwd(q_BGXK, k_BGSK, v_BGSK, visible_BTS)[0]
 
@@ -131,32 +150,35 @@ def _softmax_attend_fwd(
     q_BGXK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, visible_BTS: jax.Array
 ):
     b, t, s = visible_BTS.shape
-    seen_BTS = visible_BTS
-    if s % 512 == 0 and q_BGXK.shape[2] >= 128:  # Rows of scores apart in memory, as in `_apart`.
+    seen_BTS, dtype = visible_BTS, q_BGXK.dtype
+    # Rows of scores apart in memory, as in `_apart`.
+    if s % 512 == 0 and q_BGXK.shape[2] >= 128 and dtype == jnp.float32:
         k_BGSK, v_BGSK = (jnp.pad(x, ((0, 0), (0, 0), (0, 16), (0, 0))) for x in (k_BGSK, v_BGSK))
         seen_BTS = jnp.pad(visible_BTS, ((0, 0), (0, 0), (0, 16)))
-    scores_BGXS = jnp.einsum("bgxk,bgsk->bgxs", q_BGXK, k_BGSK)
+    scores_BGXS = _dot(q_BGXK, k_BGSK, (3, 3), num_batch=2)
     scores_BGRTS = scores_BGXS.reshape(b, k_BGSK.shape[1], -1, t, seen_BTS.shape[2])
     lowest = jnp.finfo(jnp.float32).min
     scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, lowest)
     powers_BGRTS = jnp.exp(scores_BGRTS - jnp.max(scores_BGRTS, axis=-1, keepdims=True))
     share_BGX1 = 1 / jnp.sum(powers_BGRTS, axis=-1).reshape(*q_BGXK.shape[:3], 1)
-    powers_BGXS = powers_BGRTS.reshape(scores_BGXS.shape)
-    out_BGXK = jnp.einsum("bgxs,bgsk->bgxk", powers_BGXS, v_BGSK) * share_BGX1
+    powers_BGXS = powers_BGRTS.reshape(scores_BGXS.shape).astype(dtype)
+    out_BGXK = (_dot(powers_BGXS, v_BGSK, (3, 2), num_batch=2) * share_BGX1).astype(dtype)
     saved = q_BGXK, k_BGSK, v_BGSK, visible_BTS, powers_BGXS, share_BGX1, out_BGXK
     return out_BGXK, saved
 
 
 def _softmax_attend_bwd(saved: tuple[jax.Array, ...], g_BGXK: jax.Array):
     q_BGXK, k_BGSK, v_BGSK, visible_BTS, powers_BGXS, share_BGX1, out_BGXK = saved
-    g_BGXK = g_BGXK * share_BGX1
+    dtype, shared_BGXK = g_BGXK.dtype, g_BGXK * share_BGX1
     # By a matmul: YNNPACK would take a sum into what reads it, and is slow at that.
-    dot_BGX1 = (g_BGXK * out_BGXK) @ jnp.ones((g_BGXK.shape[-1], 1), g_BGXK.dtype)
-    scores_gradient = powers_BGXS * (jnp.einsum("bgxk,bgsk->bgxs", g_BGXK, v_BGSK) - dot_BGX1)
-    dq_BGXK = jnp.einsum("bgxs,bgsk->bgxk", scores_gradient, k_BGSK)
+    dot_BGX1 = (shared_BGXK * out_BGXK) @ jnp.ones((g_BGXK.shape[-1], 1), jnp.float32)
+    g_BGXK = shared_BGXK.astype(dtype)
+    weights_gradient = _dot(g_BGXK, v_BGSK, (3, 3), num_batch=2) - dot_BGX1
+    scores_gradient = (powers_BGXS * weights_gradient).astype(dtype)
+    dq_BGXK = _dot(scores_gradient, k_BGSK, (3, 2), num_batch=2).astype(dtype)
     s = visible_BTS.shape[2]
     dk_BGSK, dv_BGSK = (
-        jnp.einsum("bgxk,bgxs->bgks", x, weights)[..., :s].swapaxes(2, 3)
+        _dot(x, weights, (2, 2), num_batch=2)[..., :s].swapaxes(2, 3).astype(dtype)
         for x, weights in ((q_BGXK, scores_gradient), (g_BGXK, powers_BGXS))
     )
     return dq_BGXK, dk_BGSK, dv_BGSK, no_gradient(visible_BTS)

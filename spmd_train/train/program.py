@@ -33,14 +33,21 @@ from spmd_train.optim import (
     make_schedule,
 )
 from spmd_train.parallel.plan import LeafPlan, plan_params, plan_state, shardings_of
-from spmd_train.parallel.rules import Layout, LogicalAxes, make_rules, use_layout
+from spmd_train.parallel.rules import (
+    Layout,
+    LogicalAxes,
+    current_platform,
+    make_rules,
+    use_layout,
+)
 from spmd_train.parallel.sequence import check_sequence, place
-from spmd_train.tasks import Batch, LossOutput, ModelState, Task
+from spmd_train.tasks import Batch, LayeredTask, LossOutput, ModelState, Task
 from spmd_train.train.accumulate import sum_gradients, sum_losses
 from spmd_train.train.make_pipeline import make_pipeline, pipeline_rules
 from spmd_train.train.pipeline import Pipeline
 from spmd_train.train.state import FunctionalModel, Params, TrainState, join
 from spmd_train.train.ticks import pipelined_gradients, pipelined_sums
+from spmd_train.xla_flags import program_options
 
 Metrics = dict[str, jax.Array]
 
@@ -242,6 +249,9 @@ def make_program(
     }
     batch_shardings = {name: s.sharding for name, s in abstract_batch.items()}
     replicated = NamedSharding(mesh, P())
+    with use_layout(layout):
+        dtype = task.compute_dtype if isinstance(task, LayeredTask) else ""
+        options = program_options(current_platform(), compute_dtype=dtype)
     return Program(
         model=model,
         layout=layout,
@@ -256,12 +266,14 @@ def make_program(
         init_from=jax.jit(init_from, out_shardings=shardings, donate_argnums=0),
         train_step=jax.jit(
             train_step,
+            compiler_options=options,
             in_shardings=(shardings, batch_shardings),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
             eval_step,
+            compiler_options=options,
             in_shardings=(join(shardings.params, shardings.model_state), batch_shardings),
             out_shardings=replicated,
         ),
