@@ -47,7 +47,7 @@ from spmd_train.train.bad_numbers import BadStepError, Rollbacks, write_bundle
 from spmd_train.train.loop import run_loop
 from spmd_train.train.preemption import StopNotice
 from spmd_train.train.state import TrainState
-from spmd_train.xla_flags import flags_in_force
+from spmd_train.xla_flags import flags_in_force, program_options
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,9 @@ def train(config: ExperimentConfig, *, workdir: Path, age: float = 0.0) -> None:
     _check_same_config(config)
     with cluster.sharing_mistakes():
         experiment = build(config)
-    flags = flags_in_force(jax.default_backend(), os.environ)
+    backend = jax.default_backend()
+    flags = flags_in_force(backend, os.environ)
+    flags |= program_options(backend, compute_dtype=config.model.compute_dtype)
     if leader and flags:
         log.info("XLA flags: %s", " ".join(f"--{name}={value}" for name, value in flags.items()))
     if jax.process_count() > 1:

@@ -38,6 +38,7 @@ from spmd_train.inspect.hlo import parse_hlo
 from spmd_train.inspect.memory import memory_report
 from spmd_train.observe import Writers
 from spmd_train.tasks import LossOutput
+from spmd_train.train import program as program_module
 from spmd_train.train.accumulate import sum_gradients
 
 ALL2 = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -277,3 +278,20 @@ def test_program_evaluates_by_microbatches(mesh) -> None:
         sums.append({name: float(x) for name, x in step(params, batch).items()})
     assert sums[1] == pytest.approx(sums[0], rel=1e-5)
     assert memory[1] < memory[0] / 2
+
+
+def test_train_program_hands_its_options_to_the_compiler(monkeypatch):
+    """Those of its platform and dtype, to the step and to the evaluation: XLA refuses this one."""
+    asked = []
+
+    def options(platform, *, compute_dtype):
+        asked.append((platform, compute_dtype))
+        return {"xla_no_such_option": "1"}
+
+    monkeypatch.setattr(program_module, "program_options", options)
+    program = program_of({}, model=dataclasses.replace(MODEL, compute_dtype="bfloat16"))
+    assert asked == [("cpu", "bfloat16")]
+    evaluation = program.eval_step.lower(program.abstract_state.eval_params, program.abstract_batch)
+    for lowered in (program.lower_train_step(), evaluation):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            lowered.compile()

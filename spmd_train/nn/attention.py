@@ -127,7 +127,7 @@ def _attend_block(
     q_BGXK = q_BTGRK.transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, k)
     k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
     visible_BTS = visible(queries, keys, window=window)
-    if current_platform() == "cpu" and q_BTHK.dtype != jnp.float16 and not softcap:
+    if current_platform() == "cpu" and q_BTHK.dtype in (jnp.float32, jnp.bfloat16) and not softcap:
         out_BGXK = softmax_attend(q_BGXK, k_BGSK, v_BGSK, visible_BTS)
     else:
         out_BGXK = plain_attend(q_BGXK, k_BGSK, v_BGSK, visible_BTS, softcap)
